@@ -1,0 +1,1 @@
+//! The guest agent: envd protocol, client and server; the binary is PID 1.

@@ -1,0 +1,267 @@
+//! Types of the per-VM API, shared by the VM process (server) and the CLI (client).
+//!
+//! | request | body | answer |
+//! |---|---|---|
+//! | `GET /` | | [`InstanceInfo`] |
+//! | `GET /vm` | | [`VmInfo`] |
+//! | `GET /metrics` | | [`Metrics`] |
+//! | `PATCH /vm` | [`VmStateChange`] | 204 |
+//! | `POST /fork` | [`ForkRequest`] | [`ForkResponse`] |
+//! | `POST /zygote` | [`ZygoteRequest`] | [`ChildResult`] |
+//! | `PUT /actions` | [`Action`] | 204 |
+//!
+//! Errors are `{"fault_message": "..."}` with a 4xx or 5xx status, as Firecracker's are.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// Answer to `GET /`: the part that Firecracker's clients know.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InstanceInfo {
+    /// Name of the application: `forkd`.
+    pub app_name: String,
+    /// The VM's id.
+    pub id: String,
+    /// State, in Firecracker's words: `Not started`, `Running` or `Paused`.
+    pub state: String,
+    /// Version of forkd.
+    pub vmm_version: String,
+}
+
+/// Life of a VM process, as told to users.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum VmPhase {
+    /// vCPUs run, the agent has not acknowledged its identity yet.
+    Starting,
+    /// The agent has acknowledged: exec and eval are served.
+    Ready,
+    /// vCPUs are parked by request.
+    Paused,
+    /// Never runs; spawns children.
+    Zygote,
+    /// The agent did not acknowledge in time or refused: nothing is served.
+    Failed,
+}
+
+/// Answer to `GET /vm`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct VmInfo {
+    /// What is also kept in `vm.json`.
+    #[serde(flatten)]
+    pub record: VmRecord,
+    /// Phase now.
+    pub phase: VmPhase,
+    /// Why the phase is `failed`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+    /// Time marks of this VM.
+    pub timing: Timing,
+}
+
+/// What a run directory says of its VM or zygote (`vm.json`).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct VmRecord {
+    /// Id: `vm-` and ten characters of Crockford's base 32 in lower case; a zygote's is its tag.
+    pub id: String,
+    /// Name given by the user, unique among the living; defaults to the id.
+    pub name: String,
+    /// True for a zygote.
+    pub zygote: bool,
+    /// Host process id.
+    pub pid: u32,
+    /// Number of vCPUs.
+    pub vcpus: u8,
+    /// RAM in MiB.
+    pub mem_mib: u32,
+    /// Tag or digest of the root image.
+    pub image: String,
+    /// Digest of the root image.
+    pub image_digest: String,
+    /// Id of the VM or zygote that this one was forked from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parent: Option<String>,
+    /// Forks between the cold boot and this VM.
+    pub generation: u32,
+    /// Unix time of creation, in milliseconds.
+    pub created_unix_ms: u64,
+}
+
+/// Time marks, in nanoseconds of the host's CLOCK_MONOTONIC; comparable between processes of a host.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Timing {
+    /// The request for this VM was received (fork), or the process started (boot).
+    pub requested_ns: u64,
+    /// fork(2) began; 0 for a boot.
+    pub fork_begin_ns: u64,
+    /// fork(2) returned in the child; 0 for a boot.
+    pub fork_end_ns: u64,
+    /// KVM VM was created and memslots, irqchip and vCPUs exist.
+    pub vm_created_ns: u64,
+    /// All state was restored (fork) or loaded (boot).
+    pub restored_ns: u64,
+    /// All vCPUs entered KVM_RUN.
+    pub running_ns: u64,
+    /// The agent said hello (boot only).
+    pub agent_hello_ns: u64,
+    /// The agent acknowledged its identity.
+    pub ready_ns: u64,
+}
+
+/// `POST /fork`: n children of this VM (then it is a branch) or zygote.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ForkRequest {
+    /// The children, 1 to [`MAX_CHILDREN`].
+    pub children: Vec<ChildSpec>,
+}
+
+/// Most children of one request.
+pub const MAX_CHILDREN: usize = 1024;
+
+/// One child to be made.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ChildSpec {
+    /// Id, chosen by the caller.
+    pub id: String,
+    /// Name; also the guest's hostname.
+    pub name: String,
+    /// Run directory: must not exist; the child makes it.
+    pub dir: PathBuf,
+}
+
+/// Answer to `POST /fork`. One failed child does not fail the rest: look at each.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ForkResponse {
+    /// One for each spec, in order.
+    pub children: Vec<ChildResult>,
+    /// What the source felt; none for a zygote.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<SourcePause>,
+}
+
+/// What became of one child. Sent when its vCPUs run (or it failed before).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ChildResult {
+    /// Id, as asked.
+    pub id: String,
+    /// Host process id; absent if there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pid: Option<u32>,
+    /// Why it failed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+    /// Time marks up to `running_ns`.
+    pub timing: Timing,
+}
+
+/// How long a running source stood still for a fork, in microseconds.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SourcePause {
+    /// From the first kick to the last vCPU's resume.
+    pub pause_us: u64,
+    /// Kick to all vCPUs parked, with their state saved.
+    pub quiesce_us: u64,
+    /// Saving irqchip, clock and devices.
+    pub save_us: u64,
+    /// All fork(2) calls.
+    pub fork_us: u64,
+}
+
+/// `POST /zygote`: fork this VM once into a zygote.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ZygoteRequest {
+    /// The snapshot's tag: the zygote's id and name.
+    pub tag: String,
+    /// Run directory: must not exist.
+    pub dir: PathBuf,
+}
+
+/// `PATCH /vm`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmStateChange {
+    /// State to go to.
+    pub state: DesiredState,
+}
+
+/// States one can ask for, in Firecracker's words.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum DesiredState {
+    /// Park the vCPUs.
+    Paused,
+    /// Let them go on.
+    Resumed,
+}
+
+/// `PUT /actions`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "action_type", deny_unknown_fields)]
+pub enum Action {
+    /// Press Ctrl+Alt+Del on the guest's keyboard: a clean shutdown.
+    SendCtrlAltDel,
+    /// End this process now and remove its run directory.
+    Stop,
+}
+
+/// `GET /metrics`: counters by name, `group.name`.
+pub type Metrics = BTreeMap<String, u64>;
+
+/// Body of an error.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Fault {
+    /// One line that names the thing and what to do.
+    pub fault_message: String,
+}
+
+/// Configuration of `forkd vm`, given as JSON on standard input.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmConfig {
+    /// Id of the VM.
+    pub id: String,
+    /// Name; also the hostname.
+    pub name: String,
+    /// Run directory: exists, empty but for what the caller put there.
+    pub dir: PathBuf,
+    /// Kernel: ELF (vmlinux) or bzImage.
+    pub kernel: PathBuf,
+    /// Initramfs: newc cpio with the agent as /init.
+    pub initrd: PathBuf,
+    /// Root image, EROFS; becomes pmem 0.
+    pub root: PathBuf,
+    /// Tag or digest of the root image, for the record.
+    pub image: String,
+    /// Digest of the root image, for the record.
+    pub image_digest: String,
+    /// vCPUs, 1 to 16.
+    pub vcpus: u8,
+    /// RAM in MiB, 64 to 65,536.
+    pub mem_mib: u32,
+    /// More words for the kernel's command line.
+    #[serde(default)]
+    pub cmdline: String,
+    /// Block devices, in order: /dev/vda, /dev/vdb, ...
+    #[serde(default)]
+    pub drives: Vec<DriveConfig>,
+    /// Seconds the agent has to say hello after a boot.
+    pub boot_timeout_s: u32,
+}
+
+/// One block device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DriveConfig {
+    /// Base image; without one the device starts as zeroes.
+    #[serde(default)]
+    pub path: Option<PathBuf>,
+    /// Size in MiB; needed without a path, otherwise at least the base's size.
+    #[serde(default)]
+    pub size_mib: Option<u32>,
+    /// Read-only, or with a private copy-on-write layer that forks with the VM.
+    pub read_only: bool,
+}

@@ -1,0 +1,1 @@
+//! Device models: buses, serial, vmgenid, virtio.

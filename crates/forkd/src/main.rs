@@ -1,0 +1,4 @@
+//! fork() for microVMs.
+#![forbid(unsafe_code)]
+
+fn main() {}

@@ -1,0 +1,2 @@
+//! Root images: build, content-addressed store, initramfs.
+#![forbid(unsafe_code)]

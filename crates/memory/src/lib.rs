@@ -1,0 +1,1 @@
+//! Guest RAM: layout, regions and backends.

@@ -1,0 +1,2 @@
+//! Versioned, checksummed save format.
+#![forbid(unsafe_code)]

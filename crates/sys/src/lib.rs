@@ -1,0 +1,1 @@
+//! Safe wrappers over the Linux system calls that forkd needs.

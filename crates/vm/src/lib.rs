@@ -1,0 +1,1 @@
+//! KVM: host probe, VM, vCPU, boot protocol, and the remedies for PVM.

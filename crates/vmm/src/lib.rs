@@ -1,0 +1,1 @@
+//! One microVM process: machine, event loop, fork.

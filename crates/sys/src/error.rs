@@ -18,11 +18,7 @@ pub struct PathError {
 impl PathError {
     /// Pairs an error with what was tried on which path.
     pub fn new(action: &'static str, path: &Path, source: impl Into<io::Error>) -> Self {
-        Self {
-            action,
-            path: path.to_owned(),
-            source: source.into(),
-        }
+        Self { action, path: path.to_owned(), source: source.into() }
     }
 
     /// The kind of the underlying error.

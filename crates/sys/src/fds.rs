@@ -33,10 +33,7 @@ pub unsafe fn close_range_except(keep: &[RawFd]) -> io::Result<()> {
 
 /// The inclusive ranges of descriptor numbers that are not in `keep`, ascending.
 fn gaps(keep: &[RawFd]) -> Vec<(u32, u32)> {
-    let mut kept: Vec<u32> = keep
-        .iter()
-        .filter_map(|&fd| u32::try_from(fd).ok())
-        .collect();
+    let mut kept: Vec<u32> = keep.iter().filter_map(|&fd| u32::try_from(fd).ok()).collect();
     kept.sort_unstable();
     kept.dedup();
     let mut gaps = Vec::with_capacity(kept.len() + 1);
@@ -78,11 +75,7 @@ pub fn set_nonblocking(fd: impl AsFd, on: bool) -> io::Result<()> {
 pub fn open_fds() -> io::Result<Vec<RawFd>> {
     let mut fds = Vec::new();
     for entry in std::fs::read_dir("/proc/self/fd")? {
-        if let Some(fd) = entry?
-            .file_name()
-            .to_str()
-            .and_then(|name| name.parse().ok())
-        {
+        if let Some(fd) = entry?.file_name().to_str().and_then(|name| name.parse().ok()) {
             fds.push(fd);
         }
     }
@@ -123,16 +116,8 @@ mod tests {
     fn cloexec_is_set_and_cleared() {
         let file = tempfile::tempfile().expect("a temporary file");
         set_cloexec(&file, false).expect("clear");
-        assert!(
-            !fcntl_getfd(&file)
-                .expect("flags")
-                .contains(FdFlags::CLOEXEC)
-        );
+        assert!(!fcntl_getfd(&file).expect("flags").contains(FdFlags::CLOEXEC));
         set_cloexec(&file, true).expect("set");
-        assert!(
-            fcntl_getfd(&file)
-                .expect("flags")
-                .contains(FdFlags::CLOEXEC)
-        );
+        assert!(fcntl_getfd(&file).expect("flags").contains(FdFlags::CLOEXEC));
     }
 }

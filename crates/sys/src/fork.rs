@@ -150,15 +150,9 @@ impl PidFd {
     /// # Errors
     /// `InvalidInput` for 0 or a number over `i32::MAX`; `ESRCH` if there is none.
     pub fn open(pid: u32) -> io::Result<Self> {
-        let pid = i32::try_from(pid)
-            .ok()
-            .and_then(Pid::from_raw)
-            .ok_or_else(|| {
-                io::Error::new(
-                    io::ErrorKind::InvalidInput,
-                    format!("{pid} is not a process id"),
-                )
-            })?;
+        let pid = i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or_else(|| {
+            io::Error::new(io::ErrorKind::InvalidInput, format!("{pid} is not a process id"))
+        })?;
         Ok(Self(pidfd_open(pid, PidfdFlags::empty())?))
     }
 
@@ -203,14 +197,8 @@ mod tests {
     fn exit_code_reaches_the_parent() {
         let mut child = fork_with(|| 42);
         assert_eq!(child.wait().expect("wait").code(), Some(42));
-        assert_eq!(
-            child.try_wait().expect("again").and_then(|s| s.code()),
-            Some(42)
-        );
-        assert!(
-            child.send_signal(Signal::TERM).is_err(),
-            "a reaped child takes no signal"
-        );
+        assert_eq!(child.try_wait().expect("again").and_then(|s| s.code()), Some(42));
+        assert!(child.send_signal(Signal::TERM).is_err(), "a reaped child takes no signal");
     }
 
     #[test]
@@ -233,20 +221,13 @@ mod tests {
     #[test]
     fn pids_that_cannot_be_are_refused() {
         for pid in [0, u32::MAX, i32::MAX.unsigned_abs() + 1] {
-            assert_eq!(
-                PidFd::open(pid).unwrap_err().kind(),
-                io::ErrorKind::InvalidInput,
-                "{pid}"
-            );
+            assert_eq!(PidFd::open(pid).unwrap_err().kind(), io::ErrorKind::InvalidInput, "{pid}");
         }
     }
 
     #[test]
     fn the_child_keeps_only_what_it_lists() {
-        let (keep, drop) = (
-            tempfile::tempfile().expect("a"),
-            tempfile::tempfile().expect("b"),
-        );
+        let (keep, drop) = (tempfile::tempfile().expect("a"), tempfile::tempfile().expect("b"));
         use std::os::fd::AsRawFd;
         let (keep, drop) = (keep.as_raw_fd(), drop.as_raw_fd());
         let mut child = fork_with(|| {

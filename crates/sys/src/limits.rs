@@ -13,13 +13,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 pub fn raise_nofile() -> io::Result<u64> {
     let limit = getrlimit(Resource::Nofile);
     if limit.current != limit.maximum {
-        setrlimit(
-            Resource::Nofile,
-            Rlimit {
-                current: limit.maximum,
-                maximum: limit.maximum,
-            },
-        )?;
+        setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum })?;
     }
     Ok(limit.maximum.unwrap_or(u64::MAX))
 }
@@ -31,9 +25,6 @@ mod tests {
     #[test]
     fn soft_becomes_hard() {
         let hard = raise_nofile().expect("raise");
-        assert_eq!(
-            getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX),
-            hard
-        );
+        assert_eq!(getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX), hard);
     }
 }

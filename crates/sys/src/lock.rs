@@ -84,11 +84,7 @@ pub fn is_held(path: &Path) -> Result<bool, PathError> {
         Err(error) => return Err(PathError::new("open", path, error)),
     };
     // Shared, so that two probers do not see each other.
-    Ok(!try_flock(
-        &file,
-        FlockOperation::NonBlockingLockShared,
-        path,
-    )?)
+    Ok(!try_flock(&file, FlockOperation::NonBlockingLockShared, path)?)
 }
 
 /// False if it is held by another.
@@ -142,9 +138,6 @@ mod tests {
     fn errors_name_the_path() {
         let path = Path::new("/nonexistent-forkd/lock");
         let error = FileLock::try_exclusive(path).expect_err("no directory");
-        assert!(
-            error.to_string().contains("/nonexistent-forkd/lock"),
-            "{error}"
-        );
+        assert!(error.to_string().contains("/nonexistent-forkd/lock"), "{error}");
     }
 }

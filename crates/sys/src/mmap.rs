@@ -70,14 +70,8 @@ impl Mapping {
         if options.align != 0 && !options.align.is_power_of_two() {
             return Err(bad("a mapping's alignment must be a power of two"));
         }
-        let slack = if options.align > page_size() {
-            options.align
-        } else {
-            0
-        };
-        let padded = len
-            .checked_add(slack)
-            .ok_or_else(|| bad("a mapping is too long"))?;
+        let slack = if options.align > page_size() { options.align } else { 0 };
+        let padded = len.checked_add(slack).ok_or_else(|| bad("a mapping is too long"))?;
         let mut flags = MapFlags::PRIVATE;
         flags.set(MapFlags::NORESERVE, options.noreserve);
         let protection = ProtFlags::READ | ProtFlags::WRITE;
@@ -113,13 +107,7 @@ impl Mapping {
     /// # Errors
     /// As for [`Mapping::file_shared_readonly`].
     pub fn file_private(file: impl AsFd, offset: u64, len: usize) -> io::Result<Self> {
-        Self::file(
-            file,
-            offset,
-            len,
-            ProtFlags::READ | ProtFlags::WRITE,
-            MapFlags::PRIVATE,
-        )
+        Self::file(file, offset, len, ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE)
     }
 
     /// Maps `len` bytes of a file (or memfd), readable and writable; writes reach the file.
@@ -127,13 +115,7 @@ impl Mapping {
     /// # Errors
     /// As for [`Mapping::file_shared_readonly`].
     pub fn file_shared(file: impl AsFd, offset: u64, len: usize) -> io::Result<Self> {
-        Self::file(
-            file,
-            offset,
-            len,
-            ProtFlags::READ | ProtFlags::WRITE,
-            MapFlags::SHARED,
-        )
+        Self::file(file, offset, len, ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED)
     }
 
     fn file(
@@ -153,11 +135,7 @@ impl Mapping {
     fn own(start: *mut u8, len: usize, writable: bool) -> io::Result<Self> {
         let address = NonNull::new(start)
             .ok_or_else(|| io::Error::other("mmap put a mapping at address 0"))?;
-        Ok(Self {
-            address,
-            len,
-            writable,
-        })
+        Ok(Self { address, len, writable })
     }
 
     /// Unmaps what is before the first address that is aligned to `align`, and all but `len` bytes
@@ -227,11 +205,7 @@ impl Mapping {
     pub fn write_at(&self, offset: usize, data: &[u8]) -> Result<(), OutOfBounds> {
         let to = self.range(offset, data.len())?;
         if !self.writable {
-            return Err(OutOfBounds {
-                offset,
-                len: data.len(),
-                mapping: 0,
-            });
+            return Err(OutOfBounds { offset, len: data.len(), mapping: 0 });
         }
         // SAFETY: the range is within the mapping, which is writable, and nobody has a reference
         // into it; `data` is a distinct object.
@@ -241,11 +215,7 @@ impl Mapping {
 
     fn range(&self, offset: usize, len: usize) -> Result<*mut u8, OutOfBounds> {
         if offset.checked_add(len).is_none_or(|end| end > self.len) {
-            return Err(OutOfBounds {
-                offset,
-                len,
-                mapping: self.len,
-            });
+            return Err(OutOfBounds { offset, len, mapping: self.len });
         }
         // SAFETY: the offset is at most the mapping's length.
         Ok(unsafe { self.as_ptr().add(offset) })
@@ -380,20 +350,13 @@ mod tests {
     fn alignment_is_kept() {
         let align = 2 << 20;
         for len in [4096, align, align + 4096, 8 << 20] {
-            let options = AnonymousOptions {
-                align,
-                huge_pages: true,
-                noreserve: true,
-            };
+            let options = AnonymousOptions { align, huge_pages: true, noreserve: true };
             let mapping = Mapping::anonymous(len, options).expect("a mapping");
             assert_eq!((mapping.address() % align, mapping.len()), (0, len));
             mapping.write_at(len - 1, &[9]).expect("the last byte");
             mapping.populate_write(0, len).expect("populate");
         }
-        let options = AnonymousOptions {
-            align: 3,
-            ..Default::default()
-        };
+        let options = AnonymousOptions { align: 3, ..Default::default() };
         assert!(Mapping::anonymous(4096, options).is_err());
         assert!(Mapping::anonymous(0, AnonymousOptions::default()).is_err());
         assert!(Mapping::anonymous(usize::MAX, AnonymousOptions::default()).is_err());
@@ -412,10 +375,7 @@ mod tests {
         let mut bytes = [0u8; 3];
         readonly.read_at(0, &mut bytes).expect("read");
         assert_eq!(&bytes, b"fsf");
-        assert!(
-            Mapping::file_private(&file, 1, 4096).is_err(),
-            "an unaligned offset"
-        );
+        assert!(Mapping::file_private(&file, 1, 4096).is_err(), "an unaligned offset");
     }
 
     #[test]

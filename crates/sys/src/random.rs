@@ -49,10 +49,7 @@ pub fn add_entropy_and_reseed(entropy: &[u8]) -> io::Result<()> {
     if entropy.is_empty() || entropy.len() > MAX_ENTROPY {
         return Err(io::Error::new(
             io::ErrorKind::InvalidInput,
-            format!(
-                "{} bytes of entropy; 1 to {MAX_ENTROPY} are taken",
-                entropy.len()
-            ),
+            format!("{} bytes of entropy; 1 to {MAX_ENTROPY} are taken", entropy.len()),
         ));
     }
     let device = std::fs::OpenOptions::new()
@@ -61,11 +58,7 @@ pub fn add_entropy_and_reseed(entropy: &[u8]) -> io::Result<()> {
         .map_err(|e| crate::PathError::new("open", "/dev/urandom".as_ref(), e))?;
     // The length is at most MAX_ENTROPY, so it and its bits fit an i32.
     let size = entropy.len() as i32;
-    let mut info = PoolInfo {
-        entropy_bits: size * 8,
-        size,
-        bytes: [0; MAX_ENTROPY],
-    };
+    let mut info = PoolInfo { entropy_bits: size * 8, size, bytes: [0; MAX_ENTROPY] };
     info.bytes[..entropy.len()].copy_from_slice(entropy);
     // SAFETY: the request reads the two integers and `size` bytes after them, all within `info`,
     // which lives across the call.

@@ -39,25 +39,13 @@ pub struct Interest {
 
 impl Interest {
     /// Reading only.
-    pub const READ: Self = Self {
-        read: true,
-        write: false,
-    };
+    pub const READ: Self = Self { read: true, write: false };
     /// Writing only.
-    pub const WRITE: Self = Self {
-        read: false,
-        write: true,
-    };
+    pub const WRITE: Self = Self { read: false, write: true };
     /// Reading and writing.
-    pub const BOTH: Self = Self {
-        read: true,
-        write: true,
-    };
+    pub const BOTH: Self = Self { read: true, write: true };
     /// Only errors and hang-up.
-    pub const NONE: Self = Self {
-        read: false,
-        write: false,
-    };
+    pub const NONE: Self = Self { read: false, write: false };
 
     fn flags(self) -> EventFlags {
         let mut flags = EventFlags::empty();
@@ -94,10 +82,7 @@ impl Reactor {
     /// # Errors
     /// That of `epoll_create1(2)`: out of descriptors.
     pub fn new() -> io::Result<Self> {
-        Ok(Self {
-            epoll: epoll::create(CreateFlags::CLOEXEC)?,
-            events: Vec::with_capacity(BATCH),
-        })
+        Ok(Self { epoll: epoll::create(CreateFlags::CLOEXEC)?, events: Vec::with_capacity(BATCH) })
     }
 
     /// Adds a descriptor.
@@ -105,12 +90,7 @@ impl Reactor {
     /// # Errors
     /// That of `epoll_ctl(2)`: `AlreadyExists` if it is in, `PermissionDenied` for a regular file.
     pub fn add(&self, fd: impl AsFd, token: Token, interest: Interest) -> io::Result<()> {
-        Ok(epoll::add(
-            &self.epoll,
-            fd,
-            EventData::new_u64(token.0),
-            interest.flags(),
-        )?)
+        Ok(epoll::add(&self.epoll, fd, EventData::new_u64(token.0), interest.flags())?)
     }
 
     /// Changes the token or the interest of a descriptor.
@@ -118,12 +98,7 @@ impl Reactor {
     /// # Errors
     /// That of `epoll_ctl(2)`: `NotFound` if it is not in.
     pub fn modify(&self, fd: impl AsFd, token: Token, interest: Interest) -> io::Result<()> {
-        Ok(epoll::modify(
-            &self.epoll,
-            fd,
-            EventData::new_u64(token.0),
-            interest.flags(),
-        )?)
+        Ok(epoll::modify(&self.epoll, fd, EventData::new_u64(token.0), interest.flags())?)
     }
 
     /// Removes a descriptor. Do it before closing it.
@@ -162,9 +137,7 @@ impl Reactor {
 
 impl fmt::Debug for Reactor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Reactor")
-            .field("epoll", &self.epoll)
-            .finish_non_exhaustive()
+        f.debug_struct("Reactor").field("epoll", &self.epoll).finish_non_exhaustive()
     }
 }
 
@@ -229,9 +202,7 @@ enum Deadline {
 impl Deadline {
     /// A timeout beyond what an `Instant` can hold is no timeout.
     fn after(timeout: Option<Duration>) -> Self {
-        timeout
-            .and_then(|t| Instant::now().checked_add(t))
-            .map_or(Self::Never, Self::At)
+        timeout.and_then(|t| Instant::now().checked_add(t)).map_or(Self::Never, Self::At)
     }
 
     fn left(&self) -> Option<Timespec> {
@@ -262,9 +233,7 @@ mod tests {
         let mut reactor = Reactor::new().expect("a reactor");
         reactor.add(&near, Token(7), Interest::READ).expect("add");
         let mut ready = Vec::new();
-        reactor
-            .wait(&mut ready, Some(Duration::ZERO))
-            .expect("wait");
+        reactor.wait(&mut ready, Some(Duration::ZERO)).expect("wait");
         assert!(ready.is_empty());
 
         far.write_all(b"x").expect("write");
@@ -282,14 +251,10 @@ mod tests {
             );
         }
         near.read_exact(&mut [0]).expect("read");
-        reactor
-            .wait(&mut ready, Some(Duration::ZERO))
-            .expect("wait");
+        reactor.wait(&mut ready, Some(Duration::ZERO)).expect("wait");
         assert!(ready.is_empty());
 
-        reactor
-            .modify(&near, Token(8), Interest::BOTH)
-            .expect("modify");
+        reactor.modify(&near, Token(8), Interest::BOTH).expect("modify");
         drop(far);
         reactor.wait(&mut ready, None).expect("wait");
         assert_eq!(ready.len(), 1);
@@ -297,14 +262,9 @@ mod tests {
         assert!(ready[0].readable && ready[0].writable && ready[0].hangup);
 
         reactor.remove(&near).expect("remove");
-        reactor
-            .wait(&mut ready, Some(Duration::ZERO))
-            .expect("wait");
+        reactor.wait(&mut ready, Some(Duration::ZERO)).expect("wait");
         assert!(ready.is_empty());
-        assert_eq!(
-            reactor.remove(&near).unwrap_err().kind(),
-            io::ErrorKind::NotFound
-        );
+        assert_eq!(reactor.remove(&near).unwrap_err().kind(), io::ErrorKind::NotFound);
     }
 
     #[test]
@@ -320,20 +280,14 @@ mod tests {
 
     #[test]
     fn more_events_than_a_batch_are_all_told() {
-        let pairs: Vec<_> = (0..BATCH + 9)
-            .map(|_| UnixStream::pair().expect("a pair"))
-            .collect();
+        let pairs: Vec<_> = (0..BATCH + 9).map(|_| UnixStream::pair().expect("a pair")).collect();
         let mut reactor = Reactor::new().expect("a reactor");
         for (index, (near, _)) in pairs.iter().enumerate() {
-            reactor
-                .add(near, Token(index as u64), Interest::WRITE)
-                .expect("add");
+            reactor.add(near, Token(index as u64), Interest::WRITE).expect("add");
         }
         let (mut seen, mut ready) = (std::collections::BTreeSet::new(), Vec::new());
         for _ in 0..8 {
-            reactor
-                .wait(&mut ready, Some(Duration::ZERO))
-                .expect("wait");
+            reactor.wait(&mut ready, Some(Duration::ZERO)).expect("wait");
             seen.extend(ready.iter().map(|r| r.token.0));
         }
         assert_eq!(seen.len(), pairs.len());

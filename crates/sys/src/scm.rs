@@ -34,16 +34,9 @@ pub fn send_fds(socket: &UnixStream, data: &[u8], fds: &[BorrowedFd<'_>]) -> io:
     loop {
         let mut control = SendAncillaryBuffer::new(&mut space);
         if !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(fds)) {
-            return Err(io::Error::other(
-                "the descriptors do not fit a control message",
-            ));
+            return Err(io::Error::other("the descriptors do not fit a control message"));
         }
-        match sendmsg(
-            socket,
-            &[IoSlice::new(data)],
-            &mut control,
-            SendFlags::NOSIGNAL,
-        ) {
+        match sendmsg(socket, &[IoSlice::new(data)], &mut control, SendFlags::NOSIGNAL) {
             Ok(sent) => return Ok(sent),
             Err(Errno::INTR) => {}
             Err(errno) => return Err(errno.into()),
@@ -94,10 +87,7 @@ mod tests {
         let (near, far) = UnixStream::pair().expect("a pair");
         let mut file = tempfile::tempfile().expect("a file");
         file.write_all(b"inside").expect("write");
-        assert_eq!(
-            send_fds(&near, b"take", &[file.as_fd(), near.as_fd()]).expect("send"),
-            4
-        );
+        assert_eq!(send_fds(&near, b"take", &[file.as_fd(), near.as_fd()]).expect("send"), 4);
         let mut data = [0u8; 16];
         let (count, fds) = recv_fds(&far, &mut data).expect("receive");
         assert_eq!((&data[..count], fds.len()), (&b"take"[..], 2));

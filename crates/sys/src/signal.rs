@@ -54,11 +54,7 @@ fn set_action(signal: i32, handler: libc::sighandler_t) -> io::Result<()> {
     // SAFETY: the action is a valid structure; the handler is one of SIG_DFL, SIG_IGN and a
     // function that does nothing, which is async-signal-safe.
     let result = unsafe { libc::sigaction(signal, &raw const action, std::ptr::null_mut()) };
-    if result == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
-    }
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// Sends the kick signal to a thread of this process, by its [`crate::fork::tid`].
@@ -71,11 +67,7 @@ pub fn send_to_thread(tid: i32) -> io::Result<()> {
     // SAFETY: tgkill takes three numbers; the process must have a handler for the kick signal, or
     // it ends, which is no matter of memory safety.
     let result = unsafe { libc::syscall(libc::SYS_tgkill, process, tid, signal) };
-    if result == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
-    }
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// Asks that this process get `signal` when the *thread* that made it ends; `None` asks for nothing.
@@ -95,9 +87,7 @@ pub struct SignalSet(libc::sigset_t);
 
 impl std::fmt::Debug for SignalSet {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_set()
-            .entries((1..=64).filter(|&signal| self.contains(signal)))
-            .finish()
+        f.debug_set().entries((1..=64).filter(|&signal| self.contains(signal))).finish()
     }
 }
 
@@ -237,10 +227,7 @@ impl SignalFd {
                 // SAFETY: the kernel has written the whole structure.
                 let info = unsafe { info.assume_init() };
                 let signal = i32::try_from(info.ssi_signo).unwrap_or(0);
-                return Ok(Some(Received {
-                    signal,
-                    pid: info.ssi_pid,
-                }));
+                return Ok(Some(Received { signal, pid: info.ssi_pid }));
             }
             if count >= 0 {
                 return Err(io::Error::other(format!("a signalfd gave {count} bytes")));
@@ -301,13 +288,7 @@ mod tests {
         assert_eq!(unsafe { libc::raise(libc::SIGUSR2) }, 0);
         assert!(crate::reactor::wait_readable(&events, None).expect("poll"));
         let received = events.read().expect("read").expect("a signal");
-        assert_eq!(
-            received,
-            Received {
-                signal: libc::SIGUSR2,
-                pid: std::process::id()
-            }
-        );
+        assert_eq!(received, Received { signal: libc::SIGUSR2, pid: std::process::id() });
         old.set_mask().expect("restore");
     }
 

@@ -59,10 +59,7 @@ pub fn prepare(command: &mut Command, options: SpawnOptions) -> io::Result<()> {
         None => None,
     };
     if let Some(groups) = options.groups.as_ref().filter(|g| g.len() > MAX_GROUPS) {
-        return Err(bad(format!(
-            "{} groups; at most {MAX_GROUPS} are possible",
-            groups.len()
-        )));
+        return Err(bad(format!("{} groups; at most {MAX_GROUPS} are possible", groups.len())));
     }
     if options.controlling_terminal.is_some() && !options.new_session {
         return Err(bad("a controlling terminal needs a new session".to_owned()));
@@ -119,11 +116,7 @@ fn apply(options: &SpawnOptions, cwd: Option<&CString>) -> io::Result<()> {
 }
 
 fn check(result: libc::c_int) -> io::Result<()> {
-    if result >= 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
-    }
+    if result >= 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 #[cfg(test)]
@@ -136,10 +129,7 @@ mod tests {
         prepare(&mut command, options).expect("prepare");
         let output = command.output().expect("spawn");
         assert!(output.status.success(), "{output:?}");
-        String::from_utf8(output.stdout)
-            .expect("utf-8")
-            .trim()
-            .to_owned()
+        String::from_utf8(output.stdout).expect("utf-8").trim().to_owned()
     }
 
     #[test]
@@ -154,17 +144,10 @@ mod tests {
         let text = output(options, ids);
         let lines: Vec<&str> = text.lines().collect();
         let stat: Vec<&str> = lines[0].split(' ').collect();
-        assert_eq!(
-            (stat[1], stat[2]),
-            (lines[1], lines[1]),
-            "group and session are its own"
-        );
+        assert_eq!((stat[1], stat[2]), (lines[1], lines[1]), "group and session are its own");
         assert_eq!(lines[2], "/usr");
 
-        let options = SpawnOptions {
-            new_process_group: true,
-            ..Default::default()
-        };
+        let options = SpawnOptions { new_process_group: true, ..Default::default() };
         let text = output(options, ids);
         let lines: Vec<&str> = text.lines().collect();
         let stat: Vec<&str> = lines[0].split(' ').collect();
@@ -192,21 +175,12 @@ mod tests {
     #[test]
     fn failures_come_back_from_spawn() {
         let mut command = Command::new("/bin/true");
-        let options = SpawnOptions {
-            cwd: Some("/nonexistent".into()),
-            ..Default::default()
-        };
+        let options = SpawnOptions { cwd: Some("/nonexistent".into()), ..Default::default() };
         prepare(&mut command, options).expect("prepare");
         assert_eq!(command.spawn().unwrap_err().kind(), io::ErrorKind::NotFound);
-        let options = SpawnOptions {
-            controlling_terminal: Some(0),
-            ..Default::default()
-        };
+        let options = SpawnOptions { controlling_terminal: Some(0), ..Default::default() };
         assert!(prepare(&mut Command::new("/bin/true"), options).is_err());
-        let options = SpawnOptions {
-            cwd: Some("/a\0b".into()),
-            ..Default::default()
-        };
+        let options = SpawnOptions { cwd: Some("/a\0b".into()), ..Default::default() };
         assert!(prepare(&mut Command::new("/bin/true"), options).is_err());
     }
 }

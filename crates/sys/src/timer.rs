@@ -9,10 +9,7 @@ use rustix::time::{
     timerfd_settime,
 };
 
-const ZERO: Timespec = Timespec {
-    tv_sec: 0,
-    tv_nsec: 0,
-};
+const ZERO: Timespec = Timespec { tv_sec: 0, tv_nsec: 0 };
 
 /// A one-shot timer on `CLOCK_MONOTONIC`; its descriptor is readable once it has expired.
 ///
@@ -39,10 +36,7 @@ impl TimerFd {
         let after = after.max(Duration::from_nanos(1));
         let seconds = i64::try_from(after.as_secs())
             .map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
-        self.set(Timespec {
-            tv_sec: seconds,
-            tv_nsec: i64::from(after.subsec_nanos()),
-        })
+        self.set(Timespec { tv_sec: seconds, tv_nsec: i64::from(after.subsec_nanos()) })
     }
 
     /// Disarms it; an expiry that has not been drained is forgotten.
@@ -62,10 +56,7 @@ impl TimerFd {
     }
 
     fn set(&self, value: Timespec) -> io::Result<()> {
-        let timer = Itimerspec {
-            it_interval: ZERO,
-            it_value: value,
-        };
+        let timer = Itimerspec { it_interval: ZERO, it_value: value };
         timerfd_settime(&self.0, TimerfdTimerFlags::empty(), &timer)?;
         Ok(())
     }

@@ -19,10 +19,7 @@ impl Waker {
     /// # Errors
     /// That of `eventfd2(2)`: out of descriptors.
     pub fn new() -> io::Result<Self> {
-        Ok(Self(Arc::new(eventfd(
-            0,
-            EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK,
-        )?)))
+        Ok(Self(Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?)))
     }
 
     /// Calls: makes the descriptor readable until [`Waker::drain`]. Any number of calls before that

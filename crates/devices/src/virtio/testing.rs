@@ -1,0 +1,1 @@
+//! A driver that plays the guest.

@@ -1,0 +1,3 @@
+//! Socket device.
+mod state;
+pub use state::VsockState;

@@ -1,0 +1,23 @@
+//! The kernel's command line: what every guest of forkd is given.
+
+use crate::host::Host;
+use crate::pvm;
+
+/// For every host: serial console, a panic ends the VM (reset by the i8042), the i8042 is not probed beyond that, no
+/// PCI, one clock source whose value the host controls across a fork (see [`crate::clock`]).
+const BASE: &str = "console=ttyS0 panic=-1 reboot=k pci=off i8042.noaux i8042.nomux i8042.dumbkbd \
+                    clocksource=kvm-clock tsc=reliable no_timer_check";
+
+/// The command line for guests on `host`, with `extra` words after forkd's own, so that they win.
+pub fn build(host: &Host, extra: &str) -> String {
+    let mut line = BASE.to_owned();
+    let words = if host.is_pvm() { pvm::cmdline() } else { "" };
+    for part in [words, extra] {
+        let part = part.trim();
+        if !part.is_empty() {
+            line.push(' ');
+            line.push_str(part);
+        }
+    }
+    line
+}

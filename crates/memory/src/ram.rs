@@ -3,6 +3,8 @@
 #![allow(unsafe_code)]
 
 use std::io;
+use std::mem::ManuallyDrop;
+use std::sync::Arc;
 
 use forkd_sys::mmap::Mapping;
 use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
@@ -52,15 +54,34 @@ impl Region {
 
 /// A guest's RAM.
 ///
-/// It may be used from any thread, and by a forked child at the same addresses. [`Self::guest`] and
-/// its clones hold raw addresses of the mapping that this value owns: they must not outlive it. In a
-/// VM process it lives until the process ends.
+/// It may be used from any thread, and by a forked child at the same addresses. Clones of
+/// [`Self::guest`] stay valid for as long as they live: if there are any when this value is dropped,
+/// RAM stays mapped until the process ends, which for a VM process is how it is meant.
 #[derive(Debug)]
 pub struct GuestRam {
     guest: GuestMemoryMmap,
+    /// The regions of `guest`, to see whether others still hold them.
+    views: Vec<Arc<GuestRegionMmap>>,
     regions: Vec<Region>,
-    backend: Box<dyn Backend>,
+    backend: ManuallyDrop<Box<dyn Backend>>,
     mem_mib: u32,
+}
+
+impl Drop for GuestRam {
+    fn drop(&mut self) {
+        self.guest = GuestMemoryMmap::new();
+        // `Arc::into_inner` gives the value to the last holder only. A region shares its mapping's
+        // description with whoever asked for it, which counts as well.
+        let unused = self.views.drain(..).all(|view| {
+            Arc::into_inner(view)
+                .map(|region| region.get_mmap())
+                .is_some_and(|mmap| Arc::into_inner(mmap).is_some())
+        });
+        if unused {
+            // SAFETY: this is drop, and the backend is used nowhere after it.
+            unsafe { ManuallyDrop::drop(&mut self.backend) };
+        }
+    }
 }
 
 impl GuestRam {
@@ -86,13 +107,13 @@ impl GuestRam {
         let mut views = Vec::with_capacity(2);
         let mut offset = 0u64;
         for (slot, (gpa, len)) in (0..).zip(layout(mapping.len() as u64)) {
-            views.push(view(mapping, offset, gpa, len)?);
+            views.push(Arc::new(view(mapping, offset, gpa, len)?));
             regions.push(Region { slot, gpa, len, host_addr: mapping.address() as u64 + offset });
             offset += len;
         }
-        let guest = GuestMemoryMmap::from_regions(views)
+        let guest = GuestMemoryMmap::from_arc_regions(views.clone())
             .map_err(|error| MemoryError::AddressSpace(error.to_string()))?;
-        Ok(Self { guest, regions, backend, mem_mib })
+        Ok(Self { guest, views, regions, backend: ManuallyDrop::new(backend), mem_mib })
     }
 
     /// RAM as devices and loaders see it. A clone is cheap and means the same memory.
@@ -250,8 +271,8 @@ fn view(
     let protection = libc::PROT_READ | libc::PROT_WRITE;
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
     // SAFETY: offset and length are within the mapping (checked above), which is readable and
-    // writable. GuestRam declares its view before the backend, so the view is dropped first; clones
-    // of it must not outlive GuestRam, as its documentation says.
+    // writable. It stays mapped while any holder of the view lives: see GuestRam's drop. (On an
+    // error before a GuestRam exists, the views are dropped with it and nobody has had them.)
     let region = unsafe {
         MmapRegion::<()>::build_raw(mapping.as_ptr().add(offset), len, protection, flags)
     };
@@ -313,6 +334,45 @@ mod tests {
             Err(MemoryError::NotRam { gpa: 0xbfff_f000, len: 8192 })
         ));
         assert_eq!(ram.free_gpa_above(1 << 30), 5 << 30);
+    }
+
+    fn is_mapped(address: u64) -> bool {
+        let maps = std::fs::read_to_string("/proc/self/maps").expect("maps");
+        maps.lines().any(|line| {
+            let mut ends = line.split([' ', '-']).map(|hex| u64::from_str_radix(hex, 16));
+            matches!((ends.next(), ends.next()), (Some(Ok(a)), Some(Ok(b))) if (a..b).contains(&address))
+        })
+    }
+
+    #[test]
+    fn ram_outlives_its_owner_while_it_is_seen() {
+        let ram = ram(64);
+        let address = ram.regions[0].host_addr;
+        let seen = ram.guest().clone();
+        drop(ram);
+        assert!(is_mapped(address));
+        seen.write_obj(5u8, GuestAddress(77)).expect("still there");
+    }
+
+    #[test]
+    fn ram_is_unmapped_when_nobody_sees_it() {
+        // In a child of one thread, so that nothing is mapped in its place in between.
+        // SAFETY: the child maps, unmaps, reads a file and ends by _exit.
+        match unsafe { fork() }.expect("fork") {
+            Fork::Child => {
+                let Ok(ram) = GuestRam::anonymous(64, AnonOptions::default()) else { exit_now(1) };
+                let address = ram.regions[0].host_addr + 32 * MIB;
+                if !is_mapped(address) {
+                    exit_now(2);
+                }
+                drop(ram.guest().clone());
+                drop(ram);
+                exit_now(if is_mapped(address) { 3 } else { 0 });
+            }
+            Fork::Parent(mut child) => {
+                assert_eq!(child.wait().expect("wait").code(), Some(0));
+            }
+        }
     }
 
     #[test]

@@ -64,3 +64,6 @@ impl Default for Limits {
         Self::body(1 << 20)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -33,11 +33,15 @@ impl RequestHead {
 
     /// The first value of a parameter of the query, decoded.
     pub fn query_param(&self, name: &str) -> Option<String> {
-        self.query()?.split('&').find_map(|pair| {
-            let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
-            (decode_form(key) == name).then(|| decode_form(value))
-        })
+        find_param(self.query()?, name)
     }
+}
+
+fn find_param(query: &str, name: &str) -> Option<String> {
+    query.split('&').find_map(|pair| {
+        let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
+        (decode_form(key) == name).then(|| decode_form(value))
+    })
 }
 
 /// The part of a target from the path on.
@@ -89,6 +93,11 @@ pub struct Request {
 }
 
 impl Request {
+    /// The first value of a parameter of the query, decoded.
+    pub fn query_param(&self, name: &str) -> Option<String> {
+        find_param(self.query.as_deref()?, name)
+    }
+
     fn new(head: RequestHead, body: Vec<u8>) -> Self {
         Self {
             path: head.path().to_owned(),

@@ -9,33 +9,43 @@
 //! READING ------------------> ANSWERING ----------------> WRITING --------> READING
 //!    | malformed                  | client gone               | closing
 //!    v                            v                           v
-//! WRITING (closing)            closed                      DRAINING --> closed
+//! WRITING --> DRAINING         closed                       closed
 //! ```
 //!
 //! No client can hold up another or the loop: sockets do not block, one readiness reads at most one
-//! buffer, messages are bounded, and when all places for connections are taken a new client takes
-//! the place of the one that has been idle, or slow, for longest. Those with a request out keep
-//! theirs. Closing with unread input would reset the connection and lose the answer, so a closing
-//! connection is first drained, up to a bound.
+//! buffer, and messages are bounded. When all places for connections are taken, a new client takes
+//! the place of the one that has gone longest without finishing a request or its answer, if that is
+//! longer than the server's patience; until then it waits in the listener's queue. Those with a
+//! request out keep their places. Closing with unread input would reset the connection and lose the
+//! answer, so where a request is refused midway, what is left of it is drained first, up to a bound.
 //!
 //! **Fork**: a child must drop an inherited server, or its parent's clients would never see their
 //! connections end. Dropping closes descriptors only: it touches no path and no epoll set.
 
 use std::io::{self, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::time::{Duration, Instant};
 
 use forkd_sys::reactor::{Interest, Reactor, Readiness, Token};
+use forkd_sys::timer::TimerFd;
 
 use crate::http::{CONTINUE, Limits, Request, RequestParser, Response};
 
-/// Most connections at a time; so many tokens, and one for the listener, does a server use.
+/// Most connections at a time.
 pub const MAX_CONNECTIONS: usize = 64;
 /// Most bytes of input read for one readiness.
 const READ_SIZE: usize = 64 << 10;
 /// Most connections accepted for one readiness.
 const ACCEPT_BATCH: usize = 16;
+/// How long a client may be idle, or take for a request, before a new one may take its place.
+pub const DEFAULT_PATIENCE: Duration = Duration::from_secs(2);
 /// Most input discarded before a close, in bytes.
 const MAX_DRAIN: usize = 4 << 20;
+
+/// Tokens from the base on: the listener, the timer, and one for each place.
+const LISTENER: u64 = 0;
+const TIMER: u64 = 1;
+const FIRST_SLOT: u64 = 2;
 
 /// A request that waits for its answer. Never used twice.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -62,10 +72,12 @@ struct Connection {
     written: usize,
     /// Close when the output is written.
     closing: bool,
+    /// The client may be sending still.
+    unread: bool,
     /// The interest that the reactor knows.
     interest: Interest,
-    /// When something last happened, in the server's count of events.
-    active: u64,
+    /// When it was accepted, or last finished a request or an answer.
+    progress: Instant,
 }
 
 /// What to do with a connection after it was worked on.
@@ -85,19 +97,21 @@ pub struct Server {
     base: u64,
     limits: Limits,
     connections: Vec<Option<Connection>>,
+    patience: Duration,
+    /// Expires when a place may have become free by the clock alone.
+    timer: TimerFd,
     listening: bool,
-    clock: u64,
     serial: u64,
 }
 
 impl Server {
     /// How many tokens a server uses, from its base on.
-    pub const TOKENS: u64 = MAX_CONNECTIONS as u64 + 1;
+    pub const TOKENS: u64 = FIRST_SLOT + MAX_CONNECTIONS as u64;
 
     /// Serves the listener's clients, with the tokens `base` to `base + Server::TOKENS - 1`.
     ///
     /// # Errors
-    /// The listener cannot be made non-blocking, or `/dev/null` not be opened.
+    /// The listener cannot be made non-blocking, or there is no descriptor for a timer.
     pub fn new(listener: UnixListener, base: u64) -> io::Result<Self> {
         listener.set_nonblocking(true)?;
         let mut connections = Vec::new();
@@ -108,8 +122,9 @@ impl Server {
             base,
             limits: Limits::default(),
             connections,
+            patience: DEFAULT_PATIENCE,
+            timer: TimerFd::new()?,
             listening: true,
-            clock: 0,
             serial: 0,
         })
     }
@@ -121,13 +136,22 @@ impl Server {
         self
     }
 
+    /// Sets how long a client may be idle, or take for a request, before a new one may take its
+    /// place when there is no other.
+    #[must_use]
+    pub fn with_patience(mut self, patience: Duration) -> Self {
+        self.patience = patience;
+        self
+    }
+
     /// Adds the listener to the loop. To be called once, before anything else.
     ///
     /// # Errors
     /// That of `epoll_ctl(2)`.
     pub fn register(&mut self, reactor: &mut Reactor) -> io::Result<()> {
         self.listening = true;
-        reactor.add(&self.listener, Token(self.base), Interest::READ)
+        reactor.add(&self.timer, Token(self.base + TIMER), Interest::READ)?;
+        reactor.add(&self.listener, Token(self.base + LISTENER), Interest::READ)
     }
 
     /// Whether a token is one of this server's.
@@ -150,10 +174,16 @@ impl Server {
         reactor: &mut Reactor,
         readiness: Readiness,
     ) -> io::Result<Vec<(RequestId, Request)>> {
-        let index = readiness.token.0.checked_sub(self.base);
-        match index.and_then(|index| usize::try_from(index).ok()) {
-            Some(0) => self.accept(reactor).map(|()| Vec::new()),
-            Some(index) if index <= MAX_CONNECTIONS => self.serve(reactor, index - 1, readiness),
+        match readiness.token.0.checked_sub(self.base) {
+            Some(LISTENER) => self.accept(reactor).map(|()| Vec::new()),
+            Some(TIMER) => {
+                self.timer.drain()?;
+                self.listen(reactor).map(|()| Vec::new())
+            }
+            Some(index @ FIRST_SLOT..Self::TOKENS) => {
+                // Below TOKENS, so it fits.
+                self.serve(reactor, (index - FIRST_SLOT) as usize, readiness)
+            }
             _ => Ok(Vec::new()),
         }
     }
@@ -168,14 +198,12 @@ impl Server {
         id: RequestId,
         response: Response,
     ) -> io::Result<bool> {
-        let active = self.tick();
         let Some(connection) = self.connections.get_mut(id.slot).and_then(Option::as_mut) else {
             return Ok(false);
         };
         if connection.phase != Phase::Answering(id) {
             return Ok(false);
         }
-        connection.active = active;
         connection.answer(response);
         let alive = !matches!(connection.write(), Outcome::Close);
         if alive {
@@ -186,22 +214,15 @@ impl Server {
         Ok(alive)
     }
 
-    fn tick(&mut self) -> u64 {
-        self.clock += 1;
-        self.clock
-    }
-
     fn serve(
         &mut self,
         reactor: &mut Reactor,
         slot: usize,
         readiness: Readiness,
     ) -> io::Result<Vec<(RequestId, Request)>> {
-        let active = self.tick();
         let Some(connection) = self.connections.get_mut(slot).and_then(Option::as_mut) else {
             return Ok(Vec::new());
         };
-        connection.active = active;
         let outcome = connection.work(readiness);
         let mut requests = Vec::new();
         match outcome {
@@ -211,6 +232,7 @@ impl Server {
                 self.serial += 1;
                 let id = RequestId { slot, serial: self.serial };
                 connection.phase = Phase::Answering(id);
+                connection.progress = Instant::now();
                 connection.closing = !request.keep_alive;
                 requests.push((id, request));
                 self.update_interest(reactor, slot)?;
@@ -221,14 +243,19 @@ impl Server {
 
     fn accept(&mut self, reactor: &mut Reactor) -> io::Result<()> {
         for _ in 0..ACCEPT_BATCH {
-            let Some(slot) = self.free_slot(reactor)? else {
-                // All are waiting for answers. The next client waits until one is through.
-                reactor.modify(&self.listener, Token(self.base), Interest::NONE)?;
+            let Some(place) = self.place_for_one_more() else {
+                // The next client waits until a connection closes or the timer says to look again.
+                reactor.modify(&self.listener, Token(self.base + LISTENER), Interest::NONE)?;
                 self.listening = false;
-                return Ok(());
+                return self.timer.arm(self.patience);
             };
             match self.listener.accept() {
-                Ok((stream, _)) => self.admit(reactor, slot, stream)?,
+                Ok((stream, _)) => {
+                    if let Place::TakenBy(slot) = place {
+                        self.close(reactor, slot)?;
+                    }
+                    self.admit(reactor, place.slot(), stream)?;
+                }
                 Err(error) => match error.raw_os_error() {
                     Some(libc_errno::EMFILE | libc_errno::ENFILE) => {
                         self.refuse_one();
@@ -258,8 +285,9 @@ impl Server {
             output: Vec::new(),
             written: 0,
             closing: false,
+            unread: false,
             interest,
-            active: self.tick(),
+            progress: Instant::now(),
         };
         if let Some(place) = self.connections.get_mut(slot) {
             *place = Some(connection);
@@ -267,24 +295,20 @@ impl Server {
         Ok(())
     }
 
-    /// A slot for a new connection: a free one, or that of the connection that has not moved for
-    /// longest. `None` if all wait for answers.
-    fn free_slot(&mut self, reactor: &mut Reactor) -> io::Result<Option<usize>> {
+    /// Where a new connection may go: a free place, or that of the connection that has made no
+    /// progress for longest, if that tries the server's patience.
+    fn place_for_one_more(&self) -> Option<Place> {
         if let Some(slot) = self.connections.iter().position(Option::is_none) {
-            return Ok(Some(slot));
+            return Some(Place::Free(slot));
         }
-        let stalest = self
-            .connections
+        self.connections
             .iter()
             .enumerate()
             .filter_map(|(slot, connection)| Some((slot, connection.as_ref()?)))
             .filter(|(_, connection)| !matches!(connection.phase, Phase::Answering(_)))
-            .min_by_key(|(_, connection)| connection.active)
-            .map(|(slot, _)| slot);
-        if let Some(slot) = stalest {
-            self.close(reactor, slot)?;
-        }
-        Ok(stalest)
+            .min_by_key(|(_, connection)| connection.progress)
+            .filter(|(_, connection)| connection.progress.elapsed() >= self.patience)
+            .map(|(slot, _)| Place::TakenBy(slot))
     }
 
     /// Out of descriptors: takes a client and closes it, so that the listener is not ready for ever.
@@ -296,7 +320,7 @@ impl Server {
     }
 
     fn token(&self, slot: usize) -> Token {
-        Token(self.base + 1 + slot as u64)
+        Token(self.base + FIRST_SLOT + slot as u64)
     }
 
     fn update_interest(&mut self, reactor: &mut Reactor, slot: usize) -> io::Result<()> {
@@ -316,11 +340,33 @@ impl Server {
         if let Some(connection) = self.connections.get_mut(slot).and_then(Option::take) {
             reactor.remove(&connection.stream)?;
         }
+        self.listen(reactor)
+    }
+
+    /// Accepts again, if it had been given up for lack of a place.
+    fn listen(&mut self, reactor: &mut Reactor) -> io::Result<()> {
         if !self.listening {
-            reactor.modify(&self.listener, Token(self.base), Interest::READ)?;
+            reactor.modify(&self.listener, Token(self.base + LISTENER), Interest::READ)?;
             self.listening = true;
+            self.timer.disarm()?;
         }
         Ok(())
+    }
+}
+
+/// Where a new connection may go.
+#[derive(Debug, Clone, Copy)]
+enum Place {
+    Free(usize),
+    /// Its connection has to be closed first.
+    TakenBy(usize),
+}
+
+impl Place {
+    fn slot(self) -> usize {
+        match self {
+            Self::Free(slot) | Self::TakenBy(slot) => slot,
+        }
     }
 }
 
@@ -381,6 +427,7 @@ impl Connection {
             Ok(None) => Outcome::Keep,
             Err(error) => {
                 self.closing = true;
+                self.unread = true;
                 self.answer(Response::fault(error.status(), &error.to_string()));
                 self.write()
             }
@@ -408,6 +455,7 @@ impl Connection {
         }
         self.output = Vec::new();
         self.written = 0;
+        self.progress = Instant::now();
         if self.phase != Phase::Writing {
             return Outcome::Keep;
         }
@@ -417,7 +465,7 @@ impl Connection {
             self.phase = if self.parser.buffered() > 0 { Phase::Writing } else { Phase::Reading };
             return Outcome::Keep;
         }
-        if self.stream.shutdown(std::net::Shutdown::Write).is_err() {
+        if !self.unread || self.stream.shutdown(std::net::Shutdown::Write).is_err() {
             return Outcome::Close;
         }
         self.phase = Phase::Draining { left: MAX_DRAIN };
@@ -452,3 +500,6 @@ mod libc_errno {
     pub(super) const ENFILE: i32 = 23;
     pub(super) const EMFILE: i32 = 24;
 }
+
+#[cfg(test)]
+mod tests;

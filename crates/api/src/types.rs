@@ -226,7 +226,7 @@ pub struct VmConfig {
     pub id: String,
     /// Name; also the hostname.
     pub name: String,
-    /// Run directory: exists, empty but for what the caller put there.
+    /// Run directory: must not exist; the VM process makes it.
     pub dir: PathBuf,
     /// Kernel: ELF (vmlinux) or bzImage.
     pub kernel: PathBuf,

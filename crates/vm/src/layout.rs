@@ -163,3 +163,48 @@ pub fn pmem_start(ram: u64) -> u64 {
     let end = RAM_ABOVE_4G + ram.saturating_sub(MMIO_HOLE_START);
     end.next_multiple_of(PMEM_ALIGN)
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn virtio_slots_share_no_interrupt_with_others() {
+        let mut seen = vec![SERIAL_GSI, 9, GED_GSI];
+        for slot in 0..VIRTIO_MMIO_SLOTS {
+            let gsi = virtio_mmio_gsi(slot).unwrap();
+            assert!(!seen.contains(&gsi) && gsi < GSIS, "slot {slot}: GSI {gsi}");
+            seen.push(gsi);
+            let addr = virtio_mmio_addr(slot).unwrap();
+            assert!((MMIO_HOLE_START..IOAPIC).contains(&addr));
+        }
+        assert_eq!(virtio_mmio_gsi(VIRTIO_MMIO_SLOTS), None);
+        assert_eq!(virtio_mmio_addr(VIRTIO_MMIO_SLOTS), None);
+    }
+
+    proptest! {
+        #[test]
+        fn the_memory_map_is_sorted_and_covers_ram_but_for_the_legacy_hole(
+            mib in (MIN_RAM >> 20)..=(MAX_RAM >> 20)
+        ) {
+            let ram = mib << 20;
+            let map = e820(ram);
+            for pair in map.windows(2) {
+                prop_assert!(pair[0].start + pair[0].len <= pair[1].start);
+            }
+            for e in &map {
+                let end = e.start + e.len;
+                prop_assert!(end <= MMIO_HOLE_START || e.start >= MMIO_HOLE_END);
+            }
+            let usable: u64 = map.iter().filter(|e| e.kind == E820Kind::Ram).map(|e| e.len).sum();
+            prop_assert_eq!(usable, ram - (HIGH_RAM_START - LOW_RAM_END));
+            let total: u64 = ram_ranges(ram).iter().map(|r| r.1).sum();
+            prop_assert_eq!(total, ram);
+            let last = map.last().unwrap();
+            prop_assert!(pmem_start(ram) >= last.start + last.len);
+            prop_assert_eq!(pmem_start(ram) % PMEM_ALIGN, 0);
+        }
+    }
+}

@@ -286,6 +286,12 @@ impl Drop for Vm {
 pub struct IrqLine(Arc<RwLock<Option<Arc<VmFd>>>>);
 
 impl IrqLine {
+    /// A line of no VM yet: raising an interrupt fails until a VM adopts it ([`Vm::adopt`]).
+    #[must_use]
+    pub fn unconnected() -> Self {
+        Self(Arc::new(RwLock::new(None)))
+    }
+
     /// Raises and lowers an edge-triggered line.
     ///
     /// # Errors

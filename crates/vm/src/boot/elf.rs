@@ -70,7 +70,9 @@ pub fn load(
         (ElfEntry::Pvh, Some(pvh)) => (Protocol::Pvh, pvh),
         _ => (Protocol::Linux64, entry),
     };
-    let covered = |s: &Segment| s.kind == PT_LOAD && (s.paddr..s.paddr + s.filesz).contains(&rip);
+    let covered = |s: &Segment| {
+        s.kind == PT_LOAD && (s.paddr..s.paddr.saturating_add(s.filesz)).contains(&rip)
+    };
     if !segments.iter().any(covered) {
         return Err(kernel.not_a_kernel(format!("its entry point {rip:#x} lies in no segment")));
     }

@@ -1,1 +1,258 @@
+use std::fs;
+use std::path::PathBuf;
 
+use proptest::prelude::*;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+use super::*;
+use crate::layout::MIN_RAM;
+
+const KERNEL_AT: u64 = 0x100_0000;
+
+/// An ELF file with one segment of `body` at [`KERNEL_AT`], and a PVH note if `pvh` is given.
+fn elf(body: &[u8], memsz: u64, pvh: Option<u32>) -> Vec<u8> {
+    let note = pvh.map(|entry| {
+        let mut n = Vec::new();
+        for word in [4u32, 4, 18] {
+            n.extend(word.to_le_bytes());
+        }
+        n.extend(b"Xen\0");
+        n.extend(entry.to_le_bytes());
+        n
+    });
+    let headers = 1 + u16::from(note.is_some());
+    let body_at = 64 + 56 * u64::from(headers);
+    let mut file = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
+    file.extend([2, 0, 62, 0, 1, 0, 0, 0]);
+    for word in [KERNEL_AT, 64, 0] {
+        file.extend(word.to_le_bytes());
+    }
+    file.extend(0u32.to_le_bytes());
+    for half in [64u16, 56, headers, 0, 0, 0] {
+        file.extend(half.to_le_bytes());
+    }
+    let mut segment = |kind: u32, at: u64, paddr: u64, filesz: u64, memsz: u64| {
+        file.extend(kind.to_le_bytes());
+        file.extend(0u32.to_le_bytes());
+        for word in [at, paddr, paddr, filesz, memsz, 0] {
+            file.extend(word.to_le_bytes());
+        }
+    };
+    segment(1, body_at, KERNEL_AT, body.len() as u64, memsz);
+    if let Some(note) = &note {
+        segment(4, body_at + body.len() as u64, 0, note.len() as u64, note.len() as u64);
+    }
+    file.extend(body);
+    file.extend(note.unwrap_or_default());
+    file
+}
+
+/// A bzImage that wants `init_size` bytes at [`KERNEL_AT`].
+fn bzimage(body: &[u8], init_size: u32) -> Vec<u8> {
+    let mut file = vec![0; 1024];
+    file[0x1f1] = 1;
+    file[0x201] = 0x66;
+    file[0x202..0x206].copy_from_slice(b"HdrS");
+    file[0x206..0x208].copy_from_slice(&0x20fu16.to_le_bytes());
+    file[0x211] = 1;
+    file[0x22c..0x230].copy_from_slice(&0x7fff_ffffu32.to_le_bytes());
+    file[0x236] = 1;
+    file[0x238..0x23c].copy_from_slice(&100u32.to_le_bytes());
+    file[0x258..0x260].copy_from_slice(&KERNEL_AT.to_le_bytes());
+    file[0x260..0x264].copy_from_slice(&init_size.to_le_bytes());
+    file.extend(body);
+    file
+}
+
+struct Files {
+    dir: tempfile::TempDir,
+    kernel: PathBuf,
+}
+
+fn files(kernel: &[u8]) -> Files {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("kernel");
+    fs::write(&path, kernel).unwrap();
+    Files { dir, kernel: path }
+}
+
+fn args<'a>(files: &'a Files) -> LoadArgs<'a> {
+    LoadArgs {
+        kernel: &files.kernel,
+        initrd: None,
+        cmdline: "console=ttyS0",
+        vcpus: 2,
+        virtio_slots: &[0, 1],
+        vmgenid: true,
+        entry: ElfEntry::Linux64,
+    }
+}
+
+fn ram(len: u64) -> GuestMemoryMmap {
+    GuestMemoryMmap::from_ranges(&[(GuestAddress(0), len as usize)]).unwrap()
+}
+
+fn read(ram: &GuestMemoryMmap, addr: u64, len: usize) -> Vec<u8> {
+    let mut bytes = vec![0; len];
+    ram.read_slice(&mut bytes, GuestAddress(addr)).unwrap();
+    bytes
+}
+
+#[test]
+fn an_elf_kernel_lands_where_it_wants_and_finds_its_parameters() {
+    let files = files(&elf(&[0x90; 5000], 8000, None));
+    let ram = ram(MIN_RAM);
+    let initrd = files.dir.path().join("initrd");
+    fs::write(&initrd, vec![7u8; 10_000]).unwrap();
+    let args = LoadArgs { initrd: Some(&initrd), ..args(&files) };
+    let entry = load(&ram, &args).unwrap();
+    assert_eq!(entry, BootEntry { protocol: Protocol::Linux64, rip: KERNEL_AT });
+    assert_eq!(read(&ram, KERNEL_AT, 5000), [0x90; 5000]);
+    assert_eq!(read(&ram, layout::CMDLINE, 14), b"console=ttyS0\0");
+    let zero_page = read(&ram, layout::BOOT_PARAMS, 4096);
+    let at32 = |at: usize| u32::from_le_bytes(zero_page[at..at + 4].try_into().unwrap());
+    assert_eq!(at32(0x228), layout::CMDLINE as u32);
+    assert_eq!(at32(0x21c), 10_000);
+    assert_eq!(read(&ram, at32(0x218).into(), 10_000), vec![7; 10_000]);
+    assert_eq!(at32(0x218) & 0xfff, 0);
+    assert_eq!(zero_page[0x1e8], 3);
+    assert_eq!(at32(0x070), layout::ACPI_RSDP as u32);
+    assert_eq!(read(&ram, layout::ACPI_RSDP, 8), b"RSD PTR ");
+    assert_eq!(read(&ram, layout::MP_TABLE, 4), b"_MP_");
+}
+
+#[test]
+fn the_pvh_entry_is_taken_only_if_asked_for_and_there() {
+    let ram = ram(MIN_RAM);
+    let with = files(&elf(&[0x90; 4096], 4096, Some(KERNEL_AT as u32 + 16)));
+    let pvh = LoadArgs { entry: ElfEntry::Pvh, ..args(&with) };
+    let entry = load(&ram, &pvh).unwrap();
+    assert_eq!(entry, BootEntry { protocol: Protocol::Pvh, rip: KERNEL_AT + 16 });
+    let info = read(&ram, layout::PVH_START_INFO, 4);
+    assert_eq!(info, 0x336e_c578u32.to_le_bytes());
+    assert_eq!(load(&ram, &args(&with)).unwrap().protocol, Protocol::Linux64);
+    let without = files(&elf(&[0x90; 4096], 4096, None));
+    let pvh = LoadArgs { entry: ElfEntry::Pvh, ..args(&without) };
+    assert_eq!(load(&ram, &pvh).unwrap().protocol, Protocol::Linux64);
+}
+
+#[test]
+fn a_bzimage_is_entered_at_its_64_bit_entry_with_its_own_header() {
+    let files = files(&bzimage(&[0x90; 4096], 1 << 20));
+    let ram = ram(MIN_RAM);
+    let entry = load(&ram, &args(&files)).unwrap();
+    assert_eq!(entry, BootEntry { protocol: Protocol::Linux64, rip: KERNEL_AT + 0x200 });
+    assert_eq!(read(&ram, KERNEL_AT, 4096), [0x90; 4096]);
+    let header = read(&ram, layout::BOOT_PARAMS + 0x258, 8);
+    assert_eq!(header, KERNEL_AT.to_le_bytes());
+}
+
+fn message(result: Result<BootEntry, BootError>) -> String {
+    result.unwrap_err().to_string()
+}
+
+#[test]
+fn what_cannot_be_booted_is_named_with_its_reason() {
+    let good = files(&elf(&[0x90; 4096], 4096, None));
+    let ram = ram(MIN_RAM);
+    let missing = PathBuf::from("/nonexistent/vmlinux");
+    let text = message(load(&ram, &LoadArgs { kernel: &missing, ..args(&good) }));
+    assert!(text.contains("kernel /nonexistent/vmlinux: No such file"), "{text}");
+    let text = message(load(&ram, &LoadArgs { kernel: good.dir.path(), ..args(&good) }));
+    assert!(text.contains("not a regular file"), "{text}");
+    let text = message(load(&ram, &args(&files(b"#!/bin/sh\n"))));
+    assert!(text.contains("neither ELF nor bzImage") && text.contains("vmlinux"), "{text}");
+    let text = message(load(&ram, &args(&files(&elf(&[0; 4096], MIN_RAM, None)))));
+    assert!(text.contains("give it more memory"), "{text}");
+    let text = message(load(&ram, &args(&files(&bzimage(&[0; 4096], 1 << 30)))));
+    assert!(text.contains("give it more memory"), "{text}");
+    let mut arm = elf(&[0; 4096], 4096, None);
+    arm[18] = 183;
+    let text = message(load(&ram, &args(&files(&arm))));
+    assert!(text.contains("not for x86-64"), "{text}");
+    let mut cut = elf(&[0; 4096], 4096, None);
+    cut.truncate(2000);
+    let text = message(load(&ram, &args(&files(&cut))));
+    assert!(text.contains("cut short"), "{text}");
+}
+
+#[test]
+fn limits_on_initramfs_command_line_vcpus_and_ram_are_told() {
+    let good = files(&elf(&[0x90; 4096], 4096, None));
+    let ram64 = ram(MIN_RAM);
+    let initrd = good.dir.path().join("initrd");
+    fs::File::create(&initrd).unwrap().set_len(MIN_RAM - KERNEL_AT).unwrap();
+    let text = message(load(&ram64, &LoadArgs { initrd: Some(&initrd), ..args(&good) }));
+    assert!(text.starts_with("initramfs ") && text.contains("do not fit"), "{text}");
+    let long = "x".repeat(layout::CMDLINE_MAX);
+    let text = message(load(&ram64, &LoadArgs { cmdline: &long, ..args(&good) }));
+    assert!(text.contains("2048 bytes, at most 2047"), "{text}");
+    let fits = &long[1..];
+    assert!(load(&ram64, &LoadArgs { cmdline: fits, ..args(&good) }).is_ok());
+    let text = message(load(&ram64, &LoadArgs { cmdline: "a\nb", ..args(&good) }));
+    assert!(text.contains("byte 0x0a at position 1"), "{text}");
+    let image = files(&bzimage(&[0; 4096], 1 << 20));
+    let text = message(load(&ram64, &LoadArgs { cmdline: &"y".repeat(101), ..args(&image) }));
+    assert!(text.contains("at most 100"), "{text}");
+    for vcpus in [0, 17] {
+        let text = message(load(&ram64, &LoadArgs { vcpus, ..args(&good) }));
+        assert!(text.contains("must be 1 to 16"), "{text}");
+    }
+    let text = message(load(&ram(MIN_RAM / 2), &args(&good)));
+    assert!(text.contains("are needed"), "{text}");
+    let text = message(load(&ram64, &LoadArgs { virtio_slots: &[14], ..args(&good) }));
+    assert!(text.contains("virtio-mmio slot 14"), "{text}");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(300))]
+
+    /// Hostile kernels give an error or load; they never panic or write outside RAM.
+    #[test]
+    fn a_damaged_kernel_does_no_harm(
+        bz in any::<bool>(),
+        damage in prop::collection::vec((0usize..1100, any::<u8>()), 1..12),
+        cut in prop::option::of(0usize..6000),
+    ) {
+        let mut file = if bz {
+            bzimage(&[0x90; 4096], 1 << 20)
+        } else {
+            elf(&[0x90; 4096], 8192, Some(KERNEL_AT as u32))
+        };
+        for (at, byte) in damage {
+            let len = file.len();
+            file[at % len] = byte;
+        }
+        file.truncate(cut.unwrap_or(file.len()));
+        let files = files(&file);
+        let entry = if bz { ElfEntry::Linux64 } else { ElfEntry::Pvh };
+        let _ = load(&ram(MIN_RAM), &LoadArgs { entry, ..args(&files) });
+    }
+
+    #[test]
+    fn every_table_of_acpi_has_a_valid_checksum(vcpus in 1u8..=16, slots in 0u8..=14, vmgenid: bool) {
+        let slots: Vec<u8> = (0..slots).collect();
+        let tables = acpi::build(vcpus, &slots, vmgenid).unwrap();
+        let sum = |b: &[u8]| b.iter().fold(0u8, |s, b| s.wrapping_add(*b));
+        let at = |addr: u64| &tables[(addr - layout::ACPI_RSDP) as usize..];
+        let u32_at = |b: &[u8], i: usize| u32::from_le_bytes(b[i..i + 4].try_into().unwrap());
+        let u64_at = |b: &[u8], i: usize| u64::from_le_bytes(b[i..i + 8].try_into().unwrap());
+        let table = |addr: u64| { let t = at(addr); &t[..u32_at(t, 4) as usize] };
+        prop_assert_eq!(sum(&tables[..20]), 0);
+        prop_assert_eq!(sum(&tables[..36]), 0);
+        let xsdt = table(u64_at(&tables, 24));
+        prop_assert_eq!(sum(xsdt), 0);
+        let mut seen = vec![];
+        for entry in xsdt[36..].chunks_exact(8) {
+            let t = table(u64_at(entry, 0));
+            prop_assert_eq!(sum(t), 0);
+            seen.push(t[..4].to_vec());
+            if &t[..4] == b"FACP" {
+                let dsdt = table(u64_at(t, 140));
+                prop_assert_eq!(&dsdt[..4], b"DSDT");
+                prop_assert_eq!(sum(dsdt), 0);
+            }
+        }
+        prop_assert_eq!(seen, vec![b"FACP".to_vec(), b"APIC".to_vec()]);
+    }
+}

@@ -1,0 +1,272 @@
+//! vCPUs on this host's KVM, driven by a few bytes of machine code instead of a kernel.
+
+use std::sync::Mutex;
+use std::sync::mpsc::{Sender, channel};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use forkd_vm::boot::{BootEntry, Protocol};
+use forkd_vm::clock::ClockShift;
+use forkd_vm::{Exit, ExitBus, Host, MemSlot, Vcpu, VcpuState, Vm, VmState};
+use vm_memory::{
+    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+    MemoryRegionAddress,
+};
+
+const CODE: u64 = 0x10_0000;
+/// Where the tests' page tables go: an identity map of the first GiB.
+const PML4: u64 = 0x9000;
+
+/// Records every access; reads give 0x5a.
+#[derive(Default)]
+struct Record {
+    seen: Mutex<Vec<String>>,
+    tell: Mutex<Option<Sender<()>>>,
+}
+
+impl Record {
+    fn note(&self, text: String) {
+        let mut seen = self.seen.lock().unwrap();
+        if seen.len() < 100 {
+            seen.push(text);
+        }
+        if let Some(tell) = &*self.tell.lock().unwrap() {
+            let _ = tell.send(());
+        }
+    }
+
+    fn seen(&self) -> Vec<String> {
+        self.seen.lock().unwrap().clone()
+    }
+}
+
+impl ExitBus for Record {
+    fn pio_read(&self, port: u16, data: &mut [u8]) {
+        self.note(format!("in {port:#x} {}", data.len()));
+        data.fill(0x5a);
+    }
+    fn pio_write(&self, port: u16, data: &[u8]) {
+        self.note(format!("out {port:#x} {data:02x?}"));
+    }
+    fn mmio_read(&self, addr: u64, data: &mut [u8]) {
+        self.note(format!("read {addr:#x} {}", data.len()));
+        data.fill(0x5a);
+    }
+    fn mmio_write(&self, addr: u64, data: &[u8]) {
+        self.note(format!("write {addr:#x} {data:02x?}"));
+    }
+}
+
+fn machine(host: &Host, code: &[u8]) -> (GuestMemoryMmap, Vm, Vcpu) {
+    let ram = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 64 << 20)]).unwrap();
+    ram.write_slice(code, GuestAddress(CODE)).unwrap();
+    ram.write_obj((PML4 + 0x1000) | 3, GuestAddress(PML4)).unwrap();
+    ram.write_obj((PML4 + 0x2000) | 3, GuestAddress(PML4 + 0x1000)).unwrap();
+    // The fourth GiB too, as large pages need a directory: MMIO lies there.
+    ram.write_obj((PML4 + 0x3000) | 3, GuestAddress(PML4 + 0x1018)).unwrap();
+    for i in 0..512u64 {
+        ram.write_obj((i << 21) | 0x83, GuestAddress(PML4 + 0x2000 + i * 8)).unwrap();
+        ram.write_obj((i << 21) | (3 << 30) | 0x83, GuestAddress(PML4 + 0x3000 + i * 8)).unwrap();
+    }
+    let vm = Vm::new(host, &[slot(&ram)], 1).unwrap();
+    let mut vcpu = vm.create_vcpu(0, &ram).unwrap();
+    vcpu.configure_boot(&BootEntry { protocol: Protocol::Linux64, rip: CODE }).unwrap();
+    (ram, vm, vcpu)
+}
+
+fn slot(ram: &GuestMemoryMmap) -> MemSlot {
+    let region = ram.iter().next().unwrap();
+    let host_addr = region.get_host_address(MemoryRegionAddress(0)).unwrap() as u64;
+    MemSlot { slot: 0, gpa: 0, len: region.len(), host_addr, read_only: false }
+}
+
+/// Resets by the port that the tests' bus does not know; then loops.
+const LOOP: [u8; 2] = [0xeb, 0xfe];
+
+/// Runs until `count` accesses were seen, then kicks.
+fn run_until(vcpu: &mut Vcpu, bus: &Record, count: usize) {
+    let (send, receive) = channel();
+    *bus.tell.lock().unwrap() = Some(send);
+    let kick = vcpu.kick_handle();
+    thread::scope(|scope| {
+        scope.spawn(move || {
+            for _ in 0..count {
+                receive.recv_timeout(Duration::from_secs(20)).expect("an access");
+            }
+            kick.kick();
+        });
+        assert_eq!(vcpu.run(bus).unwrap(), Exit::Kicked);
+    });
+}
+
+#[test]
+fn accesses_reach_the_bus_with_their_size_and_come_back() {
+    let host = Host::open().unwrap();
+    let mut code = vec![
+        0x66, 0xba, 0xf8, 0x03, // mov dx, 0x3f8
+        0xec, // in al, dx
+        0xee, // out dx, al
+        0x66, 0xef, // out dx, ax
+        0xbb, 0x00, 0x00, 0x00, 0xd0, // mov ebx, 0xd0000000
+        0x8b, 0x03, // mov eax, [rbx]
+        0x48, 0x89, 0x43, 0x08, // mov [rbx+8], rax
+    ];
+    code.extend(LOOP);
+    let (_ram, _vm, mut vcpu) = machine(&host, &code);
+    let bus = Record::default();
+    run_until(&mut vcpu, &bus, 5);
+    let expected = [
+        "in 0x3f8 1",
+        "out 0x3f8 [5a]",
+        "out 0x3f8 [5a, 00]",
+        "read 0xd0000000 4",
+        "write 0xd0000008 [5a, 5a, 5a, 5a, 00, 00, 00, 00]",
+    ];
+    assert_eq!(bus.seen(), expected);
+}
+
+#[test]
+fn string_output_arrives_element_by_element() {
+    let host = Host::open().unwrap();
+    let mut code = vec![
+        0x66, 0xba, 0xf8, 0x03, // mov dx, 0x3f8
+        0xbe, 0x00, 0x00, 0x11, 0x00, // mov esi, 0x110000
+        0xb9, 0x03, 0x00, 0x00, 0x00, // mov ecx, 3
+        0xf3, 0x66, 0x6f, // rep outsw
+    ];
+    code.extend(LOOP);
+    let (ram, _vm, mut vcpu) = machine(&host, &code);
+    ram.write_slice(&[1, 2, 3, 4, 5, 6], GuestAddress(0x11_0000)).unwrap();
+    let bus = Record::default();
+    run_until(&mut vcpu, &bus, 3);
+    assert_eq!(bus.seen(), ["out 0x3f8 [01, 02]", "out 0x3f8 [03, 04]", "out 0x3f8 [05, 06]"]);
+}
+
+#[test]
+fn a_kick_before_run_is_not_lost_and_one_after_the_end_is_harmless() {
+    let host = Host::open().unwrap();
+    let (_ram, vm, mut vcpu) = machine(&host, &LOOP);
+    let bus = Record::default();
+    let kick = vcpu.kick_handle();
+    kick.kick();
+    assert_eq!(vcpu.run(&bus).unwrap(), Exit::Kicked);
+    for _ in 0..200 {
+        let kick = kick.clone();
+        let kicker = thread::spawn(move || kick.kick());
+        assert_eq!(vcpu.run(&bus).unwrap(), Exit::Kicked);
+        kicker.join().unwrap();
+    }
+    drop(vcpu);
+    kick.kick();
+    drop(vm);
+    kick.kick();
+}
+
+/// Counts in memory, and in a register that it writes out.
+fn counter() -> Vec<u8> {
+    let mut code = vec![
+        0xbb, 0x00, 0x00, 0x11, 0x00, // mov ebx, 0x110000
+        0x31, 0xc0, // xor eax, eax
+        // next:
+        0xff, 0xc0, // inc eax
+        0x89, 0x03, // mov [rbx], eax
+        0xe7, 0xf4, // out 0xf4, eax
+    ];
+    code.extend([0xeb, 0xf8]); // jmp next
+    code
+}
+
+fn copy(ram: &GuestMemoryMmap) -> GuestMemoryMmap {
+    let copy = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 64 << 20)]).unwrap();
+    let mut bytes = vec![0; 64 << 20];
+    ram.read_slice(&mut bytes, GuestAddress(0)).unwrap();
+    copy.write_slice(&bytes, GuestAddress(0)).unwrap();
+    copy
+}
+
+fn last_count(bus: &Record) -> u32 {
+    let seen = bus.seen();
+    let text = seen.last().unwrap().trim_start_matches("out 0xf4 [").trim_end_matches(']');
+    let bytes: Vec<u8> = text.split(", ").map(|b| u8::from_str_radix(b, 16).unwrap()).collect();
+    u32::from_le_bytes(bytes.try_into().unwrap())
+}
+
+#[test]
+fn saved_state_goes_on_in_a_new_vm_over_copied_memory_after_serialisation() {
+    let host = Host::open().unwrap();
+    let (ram, vm, mut vcpu) = machine(&host, &counter());
+    let bus = Record::default();
+    run_until(&mut vcpu, &bus, 10);
+    let state = vcpu.save().unwrap();
+    let vm_state = vm.save().unwrap();
+    let before = last_count(&bus);
+
+    let bytes = postcard::to_stdvec(&(&state, &vm_state)).unwrap();
+    let (state, vm_state): (VcpuState, VmState) = postcard::from_bytes(&bytes).unwrap();
+    let ram2 = copy(&ram);
+    let vm2 = Vm::new(&host, &[slot(&ram2)], 1).unwrap();
+    let mut vcpu2 = vm2.create_vcpu(0, &ram2).unwrap();
+    vcpu2.restore(&state, vm_state.clock_shift()).unwrap();
+    vm2.restore(&vm_state).unwrap();
+    // To the last byte, but for time.
+    let again = vcpu2.save().unwrap();
+    assert_eq!(again.regs, state.regs);
+    assert_eq!(again.sregs, state.sregs);
+    assert_eq!(again.xsave, state.xsave);
+    assert_eq!(again.msrs, state.msrs);
+    assert_eq!(again.lapic.regs, state.lapic.regs);
+
+    let bus2 = Record::default();
+    run_until(&mut vcpu2, &bus2, 1);
+    let first = bus2.seen()[0].clone();
+    let next = (before + 1).to_le_bytes();
+    assert_eq!(first, format!("out 0xf4 {next:02x?}"), "the child's next access follows {before}");
+    // And the source goes on by itself.
+    let bus3 = Record::default();
+    run_until(&mut vcpu, &bus3, 1);
+    assert_eq!(bus3.seen()[0], first);
+}
+
+#[test]
+fn state_that_does_not_fit_is_refused_with_its_reason() {
+    let host = Host::open().unwrap();
+    let (_ram, _vm, mut vcpu) = machine(&host, &LOOP);
+    let good = vcpu.save().unwrap();
+    let refuse = |vcpu: &mut Vcpu, change: fn(&mut VcpuState)| {
+        let mut state = good.clone();
+        change(&mut state);
+        vcpu.restore(&state, ClockShift::NONE).unwrap_err().to_string()
+    };
+    let text = refuse(&mut vcpu, |s| s.index = 3);
+    assert!(text.contains("it is vCPU 3's"), "{text}");
+    let text = refuse(&mut vcpu, |s| s.xsave.truncate(100));
+    assert!(text.contains("XSAVE area of 100 bytes"), "{text}");
+    let text = refuse(&mut vcpu, |s| s.msrs.push((0xdead_beef, 7)));
+    assert_eq!(text, "vCPU 0: MSR 0xdeadbeef cannot be set to 0x7");
+    let text = refuse(&mut vcpu, |s| s.msrs = vec![(0x10, 0); 300]);
+    assert!(text.contains("too many MSRs"), "{text}");
+}
+
+#[test]
+fn a_restored_vcpu_is_saved_and_rebuilt_quickly() {
+    let host = Host::open().unwrap();
+    let (ram, vm, mut vcpu) = machine(&host, &counter());
+    run_until(&mut vcpu, &Record::default(), 1);
+    let mut save = Duration::MAX;
+    let mut rebuild = Duration::MAX;
+    for _ in 0..20 {
+        let start = Instant::now();
+        let state = vcpu.save().unwrap();
+        let vm_state = vm.save().unwrap();
+        save = save.min(start.elapsed());
+        let start = Instant::now();
+        let vm2 = Vm::new(&host, &[slot(&ram)], 1).unwrap();
+        let mut vcpu2 = vm2.create_vcpu(0, &ram).unwrap();
+        vcpu2.restore(&state, vm_state.clock_shift()).unwrap();
+        vm2.restore(&vm_state).unwrap();
+        rebuild = rebuild.min(start.elapsed());
+    }
+    // The least of twenty is free of the neighbours' noise; the bounds are twice and more what is measured.
+    assert!(save < Duration::from_micros(300), "saving takes {save:?}");
+    assert!(rebuild < Duration::from_millis(3), "rebuilding takes {rebuild:?}");
+}

@@ -1,5 +1,7 @@
 //! vCPUs on this host's KVM, driven by a few bytes of machine code instead of a kernel.
 
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used)]
+
 use std::sync::Mutex;
 use std::sync::mpsc::{Sender, channel};
 use std::thread;
@@ -269,4 +271,68 @@ fn a_restored_vcpu_is_saved_and_rebuilt_quickly() {
     // The least of twenty is free of the neighbours' noise; the bounds are twice and more what is measured.
     assert!(save < Duration::from_micros(300), "saving takes {save:?}");
     assert!(rebuild < Duration::from_millis(3), "rebuilding takes {rebuild:?}");
+}
+
+/// Writes its TSC out, low half first, again and again.
+fn tsc_teller() -> Vec<u8> {
+    let mut code = vec![
+        0x0f, 0x31, // rdtsc
+        0xe7, 0xf4, // out 0xf4, eax
+        0x89, 0xd0, // mov eax, edx
+        0xe7, 0xf8, // out 0xf8, eax
+    ];
+    code.extend([0xeb, 0xf6]);
+    code
+}
+
+/// The guest's TSC, and the host's just before and after.
+fn told_tsc(vcpu: &mut Vcpu) -> (u64, u64, u64) {
+    let bus = Record::default();
+    let before = forkd_vm::clock::host_tsc();
+    run_until(vcpu, &bus, 4);
+    let after = forkd_vm::clock::host_tsc();
+    let half = |port: &str| {
+        let seen = bus.seen();
+        let line = seen.iter().rev().skip(1).find(|l| l.starts_with(port)).unwrap().clone();
+        let bytes: Vec<u8> = line[line.find('[').unwrap() + 1..line.len() - 1]
+            .split(", ")
+            .map(|b| u8::from_str_radix(b, 16).unwrap())
+            .collect();
+        u64::from(u32::from_le_bytes(bytes.try_into().unwrap()))
+    };
+    (half("out 0xf4") | half("out 0xf8") << 32, before, after)
+}
+
+#[test]
+fn the_tsc_goes_on_where_it_was_or_is_the_hosts_on_pvm() {
+    let host = Host::open().unwrap();
+    let (ram, vm, mut vcpu) = machine(&host, &tsc_teller());
+    let (told, before, after) = told_tsc(&mut vcpu);
+    if host.is_pvm() {
+        assert!((before..=after).contains(&told), "{before} {told} {after}");
+    }
+    let state = vcpu.save().unwrap();
+    let vm_state = vm.save().unwrap();
+    thread::sleep(Duration::from_millis(300));
+    let vm2 = Vm::new(&host, &[slot(&ram)], 1).unwrap();
+    let mut vcpu2 = vm2.create_vcpu(0, &ram).unwrap();
+    vcpu2.restore(&state, vm_state.clock_shift()).unwrap();
+    vm2.restore(&vm_state).unwrap();
+    let (told2, before, after) = told_tsc(&mut vcpu2);
+    assert!(told2 > told, "the TSC never goes back");
+    if host.is_pvm() {
+        assert!((before..=after).contains(&told2), "{before} {told2} {after}");
+    } else {
+        let slept = u64::from(state.tsc_khz) * 300;
+        assert!(told2 - told < slept, "the guest does not see the time between save and restore");
+    }
+}
+
+#[test]
+fn the_command_line_fits_and_the_users_words_come_last() {
+    let host = Host::open().unwrap();
+    let line = forkd_vm::cmdline::build(&host, " foo=bar  ");
+    assert!(line.ends_with(" foo=bar"), "{line}");
+    assert!(line.len() < forkd_vm::layout::CMDLINE_MAX / 2, "{} bytes", line.len());
+    assert_eq!(line.contains("clearcpuid="), host.is_pvm(), "{line}");
 }

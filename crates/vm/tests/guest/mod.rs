@@ -345,6 +345,12 @@ impl Machine {
         vcpus
     }
 
+    /// Ends all vCPUs and their threads.
+    pub fn stop(&mut self) {
+        drop(self.park());
+        self.threads.clear();
+    }
+
     pub fn resume(&self, vcpus: Vec<Vcpu>) {
         for vcpu in vcpus {
             self.threads[usize::from(vcpu.index())].resume.send(vcpu).expect("thread lives");

@@ -130,6 +130,9 @@ fn suberror_name(suberror: u32) -> &'static str {
 }
 
 /// A virtual CPU.
+///
+/// In a child of fork(2), an inherited `Vcpu` may only be dropped after [`crate::vm::Vm::abandon`]: its mapping of
+/// `kvm_run` stayed with the parent, and dropping would unmap whatever lies there by now.
 #[derive(Debug)]
 pub struct Vcpu {
     host: Host,

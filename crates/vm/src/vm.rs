@@ -69,9 +69,9 @@ pub enum VmError {
         /// Most that KVM allows.
         most: usize,
     },
-    /// An interrupt line is used after its VM has gone.
-    #[error("interrupt {gsi}: its VM is gone")]
-    Gone {
+    /// An interrupt line is used before it has a VM, or after its VM has gone.
+    #[error("interrupt {gsi}: no VM is connected")]
+    Unconnected {
         /// The line.
         gsi: u32,
     },
@@ -286,6 +286,11 @@ impl Drop for Vm {
 pub struct IrqLine(Arc<RwLock<Option<Arc<VmFd>>>>);
 
 impl IrqLine {
+    /// A line without a VM, until one takes it over by [`Vm::adopt`].
+    pub fn unconnected() -> Self {
+        Self(Arc::new(RwLock::new(None)))
+    }
+
     /// A line of no VM yet: raising an interrupt fails until a VM adopts it ([`Vm::adopt`]).
     #[must_use]
     pub fn unconnected() -> Self {
@@ -296,7 +301,7 @@ impl IrqLine {
     ///
     /// # Errors
     ///
-    /// The VM is gone, or the kernel refuses the line.
+    /// No VM is connected, or the kernel refuses the line.
     pub fn pulse(&self, gsi: u32) -> Result<(), VmError> {
         self.set(gsi, true)?;
         self.set(gsi, false)
@@ -306,10 +311,10 @@ impl IrqLine {
     ///
     /// # Errors
     ///
-    /// The VM is gone, or the kernel refuses the line.
+    /// No VM is connected, or the kernel refuses the line.
     pub fn set(&self, gsi: u32, level: bool) -> Result<(), VmError> {
         let target = self.0.read().unwrap_or_else(PoisonError::into_inner);
-        let fd = target.as_ref().ok_or(VmError::Gone { gsi })?;
+        let fd = target.as_ref().ok_or(VmError::Unconnected { gsi })?;
         fd.set_irq_line(gsi, level).map_err(ioctl("KVM_IRQ_LINE"))
     }
 

@@ -336,3 +336,39 @@ fn the_command_line_fits_and_the_users_words_come_last() {
     assert!(line.len() < forkd_vm::layout::CMDLINE_MAX / 2, "{} bytes", line.len());
     assert_eq!(line.contains("clearcpuid="), host.is_pvm(), "{line}");
 }
+
+#[test]
+fn an_interrupt_line_works_while_a_vm_is_connected_and_says_so_otherwise() {
+    let host = Host::open().unwrap();
+    let line = forkd_vm::IrqLine::unconnected();
+    assert_eq!(line.pulse(5).unwrap_err().to_string(), "interrupt 5: no VM is connected");
+    let ram = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 64 << 20)]).unwrap();
+    let mut vm = Vm::new(&host, &[slot(&ram)], 1).unwrap();
+    vm.adopt(&line);
+    let clone = line.clone();
+    clone.pulse(5).unwrap();
+    vm.irq_line().pulse(19).unwrap();
+    let vm2 = {
+        let mut vm2 = Vm::new(&host, &[slot(&ram)], 1).unwrap();
+        vm2.adopt(&line);
+        vm2
+    };
+    drop(vm);
+    line.pulse(5).unwrap();
+    drop(vm2);
+    assert!(line.pulse(5).is_err());
+}
+
+#[test]
+fn impossible_vms_are_refused_with_the_reason() {
+    let host = Host::open().unwrap();
+    let ram = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 64 << 20)]).unwrap();
+    let good = slot(&ram);
+    let text = Vm::new(&host, &[good], 0).unwrap_err().to_string();
+    assert_eq!(text, "0 vCPUs: must be 1 to 16");
+    let text = Vm::new(&host, &[good], 17).unwrap_err().to_string();
+    assert_eq!(text, "17 vCPUs: must be 1 to 16");
+    let odd = MemSlot { slot: 7, gpa: 0x123, ..good };
+    let text = Vm::new(&host, &[good, odd], 1).unwrap_err().to_string();
+    assert!(text.starts_with("memory slot 7 (0x4000000 bytes at guest address 0x123)"), "{text}");
+}

@@ -86,6 +86,12 @@ impl ConsoleLog {
         Ok(())
     }
 
+    /// The file's descriptor, if there is a file: a child of a fork keeps it until it reopens.
+    pub fn raw_fd(&self) -> Option<std::os::fd::RawFd> {
+        use std::os::fd::AsRawFd;
+        self.lock().file.as_ref().map(File::as_raw_fd)
+    }
+
     /// Writes an unfinished line to the file.
     pub fn flush(&self) {
         self.lock().write_pending();

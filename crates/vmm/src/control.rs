@@ -1,0 +1,141 @@
+//! What every role of a VM process has: the reactor, the API server, signals, children.
+
+use std::io;
+use std::path::Path;
+
+use forkd_api::http::{Request, Response};
+use forkd_api::server::{RequestId, Server};
+use forkd_api::types::Fault;
+use forkd_sys::reactor::{Interest, Reactor, Readiness};
+use forkd_sys::signal::{SignalFd, SignalSet};
+use serde::Serialize;
+
+use crate::VmmError;
+use crate::fork::offspring::{AnswerAs, Answered, Offspring};
+
+/// Reactor tokens. Ranges do not overlap; each subscriber owns one.
+pub mod tokens {
+    use forkd_sys::reactor::Token;
+
+    /// vCPUs and devices have something for the loop.
+    pub const WAKER: Token = Token(1);
+    /// A signal.
+    pub const SIGNALS: Token = Token(2);
+    /// The agent link: two tokens.
+    pub const LINK: Token = Token(3);
+    /// The API server: listener and connections.
+    pub const API: u64 = 0x1_0000;
+    /// The vsock device: listener and connections.
+    pub const VSOCK: Token = Token(1 << 32);
+    /// Children: report pipes and pidfds.
+    pub const OFFSPRING: u64 = 1 << 33;
+}
+
+/// The common part of all roles.
+pub struct Control {
+    /// The event loop's core.
+    pub reactor: Reactor,
+    /// The API server.
+    pub api: Server,
+    /// SIGTERM and SIGINT.
+    pub signals: SignalFd,
+    /// Forked children.
+    pub offspring: Offspring,
+}
+
+impl Control {
+    /// Sets all up anew, with the API at `socket`.
+    ///
+    /// # Errors
+    /// No fds, or the socket can't be bound.
+    pub fn new(mut reactor: Reactor, socket: &Path) -> Result<Self, VmmError> {
+        let set = SignalSet::of(&[libc::SIGTERM, libc::SIGINT])
+            .and_then(|set| set.block().map(|_| set))
+            .map_err(VmmError::io("cannot block signals"))?;
+        let signals = SignalFd::new(&set).map_err(VmmError::io("cannot watch signals"))?;
+        reactor
+            .add(&signals, tokens::SIGNALS, Interest::READ)
+            .map_err(VmmError::io("cannot watch signals"))?;
+        let listener = forkd_sys::unix_path::bind_listener(socket)
+            .map_err(|e| VmmError::Setup("cannot serve the API", e.into()))?;
+        let mut api =
+            Server::new(listener, tokens::API).map_err(VmmError::io("cannot serve the API"))?;
+        api.register(&mut reactor).map_err(VmmError::io("cannot serve the API"))?;
+        Ok(Self { reactor, api, signals, offspring: Offspring::new(tokens::OFFSPRING) })
+    }
+
+    /// Handles an event of the common part; none if the token belongs to the role.
+    ///
+    /// # Errors
+    /// The reactor fails.
+    pub fn handle(&mut self, readiness: Readiness) -> io::Result<Option<Handled>> {
+        let token = readiness.token;
+        if self.offspring.owns(token) {
+            self.offspring.handle(&self.reactor, readiness)?;
+            return Ok(Some(Handled::Nothing));
+        }
+        if token == tokens::SIGNALS {
+            let received = self.signals.read()?;
+            return Ok(Some(if received.is_some() {
+                Handled::Terminate
+            } else {
+                Handled::Nothing
+            }));
+        }
+        if self.api.owns(token) {
+            return Ok(Some(Handled::Requests(self.api.handle(&mut self.reactor, readiness)?)));
+        }
+        Ok(None)
+    }
+
+    /// Answers a request with JSON.
+    ///
+    /// # Errors
+    /// The reactor fails. A client that is gone is no error.
+    pub fn answer<T: Serialize>(&mut self, to: RequestId, status: u16, body: &T) -> io::Result<()> {
+        self.api.respond(&mut self.reactor, to, Response::json(status, body)).map(drop)
+    }
+
+    /// Answers a request without a body.
+    ///
+    /// # Errors
+    /// As for [`Control::answer`].
+    pub fn answer_empty(&mut self, to: RequestId) -> io::Result<()> {
+        self.api.respond(&mut self.reactor, to, Response::empty(204)).map(drop)
+    }
+
+    /// Answers a request with a fault.
+    ///
+    /// # Errors
+    /// As for [`Control::answer`].
+    pub fn answer_fault(&mut self, to: RequestId, status: u16, why: String) -> io::Result<()> {
+        self.answer(to, status, &Fault { fault_message: why })
+    }
+
+    /// Answers the fork requests whose children have all spoken.
+    ///
+    /// # Errors
+    /// As for [`Control::answer`].
+    pub fn answer_forks(&mut self) -> io::Result<()> {
+        for Answered { request, form, response } in self.offspring.take_answered() {
+            match (form, response.children.first()) {
+                (AnswerAs::Zygote, Some(child)) => {
+                    let child = child.clone();
+                    self.answer(request, 200, &child)?;
+                }
+                _ => self.answer(request, 200, &response)?,
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What came of an event.
+pub enum Handled {
+    /// Nothing for the role.
+    Nothing,
+    /// End this process in good order.
+    Terminate,
+    /// Requests for the role to act on.
+    Requests(Vec<(RequestId, Request)>),
+}

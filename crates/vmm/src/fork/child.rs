@@ -1,0 +1,212 @@
+//! The child's side of a fork: letting go of the source, and becoming a VM or a zygote.
+
+#![allow(unsafe_code)]
+
+use std::fs::OpenOptions;
+use std::io;
+
+use forkd_agent::protocol::init::Reason;
+use forkd_api::types::{ChildResult, Timing, VmRecord};
+use forkd_sys::clock::{monotonic_ns, realtime_ns};
+use forkd_sys::reactor::Reactor;
+
+use super::fds::{Disposition, Registry};
+use super::{Birth, Destiny};
+use crate::agent_link::AgentLink;
+use crate::control::{Control, tokens};
+use crate::machine::Machine;
+use crate::machine::engine::Engine;
+use crate::process::{Role, VmmError, report};
+use crate::run_dir::RunDir;
+use crate::running::{Announce, Parts, Running};
+use crate::zygote::Zygote;
+
+/// What a child has from its source, once the source's sockets, epoll set and lock are dropped.
+#[derive(Debug)]
+pub struct Inherited {
+    machine: Machine,
+    /// The source's KVM VM, which this process cannot use: KVM binds a VM to one address space.
+    foreign: Option<Engine>,
+    source: VmRecord,
+}
+
+impl Inherited {
+    /// From a VM that runs (in the source).
+    pub fn from_running(machine: Machine, engine: Engine, source: VmRecord) -> Self {
+        Self { machine, foreign: Some(engine), source }
+    }
+
+    /// From a zygote.
+    pub fn from_zygote(machine: Machine, source: VmRecord) -> Self {
+        Self { machine, foreign: None, source }
+    }
+}
+
+/// A child that could not become what it was to be.
+#[derive(Debug)]
+pub struct Stillborn {
+    pipe: io::PipeWriter,
+    result: ChildResult,
+}
+
+impl Stillborn {
+    /// Tells the source.
+    pub fn report(mut self) {
+        report(&mut self.pipe, &self.result);
+    }
+}
+
+/// Turns a child that was just forked into what it is to be.
+///
+/// # Errors
+/// What could not be had, ready to be reported to the source.
+pub fn be_born(birth: Box<Birth>, inherited: Box<Inherited>) -> Result<Role, Box<Stillborn>> {
+    let Birth { spec, destiny, report, saved, mut timing } = *birth;
+    let Inherited { mut machine, foreign, source } = *inherited;
+    let record = VmRecord {
+        id: spec.id.clone(),
+        name: spec.name.clone(),
+        zygote: destiny == Destiny::Zygote,
+        pid: std::process::id(),
+        parent: Some(source.id.clone()),
+        generation: source.generation.saturating_add(1),
+        created_unix_ms: realtime_ns() / 1_000_000,
+        ..source
+    };
+    let born = let_go(&mut machine, foreign, &report).and_then(|()| match destiny {
+        Destiny::Vm => {
+            let engine = Engine::rebuild(&machine, &saved, &mut timing)?;
+            Newborn { machine, engine, dir: &spec.dir, record, timing }.settle_in()
+        }
+        Destiny::Zygote => settle_as_zygote(machine, saved, &spec.dir, record, timing),
+    });
+    match (born, destiny) {
+        (Ok(Role::Running(mut running)), _) => {
+            running.announce = Announce::Source(report);
+            Ok(Role::Running(running))
+        }
+        (Ok(Role::Zygote(zygote)), _) => {
+            let mut pipe = report;
+            let pid = Some(zygote.record.pid);
+            let result = ChildResult {
+                id: zygote.record.id.clone(),
+                pid,
+                error: None,
+                timing: zygote.timing,
+            };
+            crate::process::report(&mut pipe, &result);
+            Ok(Role::Zygote(zygote))
+        }
+        (Err(error), _) => {
+            let pid = Some(std::process::id());
+            let result = ChildResult { id: spec.id, pid, error: Some(error.to_string()), timing };
+            Err(Box::new(Stillborn { pipe: report, result }))
+        }
+    }
+}
+
+/// Drops what only the source can use, and closes every fd that is not to be kept.
+fn let_go(
+    machine: &mut Machine,
+    foreign: Option<Engine>,
+    report: &io::PipeWriter,
+) -> Result<(), VmmError> {
+    if let Some(engine) = foreign {
+        engine.abandon_in_child();
+    }
+    machine.drop_host_side()?;
+    machine.rewire().map_err(VmmError::io("cannot make an eventfd"))?;
+    let mut registry = Registry::new();
+    machine.register_fds(&mut registry);
+    registry.register(report, Disposition::Inherit, "report");
+    // SAFETY: the owners of all other fds were dropped: the source's control, run directory and link
+    // before this function, its engine and the devices' host sides in it.
+    unsafe { registry.sweep() }.map_err(VmmError::io("cannot close the source's fds"))?;
+    // A session of its own: a signal to the source's process group is none of the child's business.
+    match rustix::process::setsid() {
+        Ok(_) | Err(rustix::io::Errno::PERM) => Ok(()),
+        Err(e) => Err(VmmError::Setup("cannot start a session", e.into())),
+    }
+}
+
+struct Newborn<'a> {
+    machine: Machine,
+    engine: Engine,
+    dir: &'a std::path::Path,
+    record: VmRecord,
+    timing: Timing,
+}
+
+impl Newborn<'_> {
+    /// Starts the vCPUs, then takes a run directory, sockets and logs: nobody can ask for those before
+    /// the source has answered, while every microsecond before the vCPUs run is the fork's latency.
+    fn settle_in(self) -> Result<Role, VmmError> {
+        let Self { machine, engine, dir, record, timing } = self;
+        let reactor = Reactor::new().map_err(VmmError::io("cannot make an epoll set"))?;
+        let link = AgentLink::new(&reactor, tokens::LINK)
+            .map_err(VmmError::io("cannot make the agent link"))?;
+        engine.vcpus.resume();
+        let dir = RunDir::create(dir)?;
+        let built = (|| {
+            dir.write_record(&record)?;
+            machine.reopen_logs(&dir)?;
+            detach_stdio(&dir).map_err(VmmError::io("cannot reopen standard streams"))?;
+            machine.listen(&dir)?;
+            machine.register(&reactor)?;
+            Control::new(reactor, &dir.file("api.sock"))
+        })();
+        let control = match built {
+            Ok(control) => control,
+            Err(error) => {
+                dir.remove()?;
+                return Err(error);
+            }
+        };
+        let announce = Announce::Nobody;
+        let mut running =
+            Running::new(Parts { control, machine, engine, dir, link, record, timing, announce });
+        running.send_notice(Reason::Fork).map_err(VmmError::io("cannot send the fork notice"))?;
+        running.machine.resume_devices();
+        Ok(Role::Running(Box::new(running)))
+    }
+}
+
+fn settle_as_zygote(
+    machine: Machine,
+    saved: std::sync::Arc<super::SavedKvm>,
+    dir: &std::path::Path,
+    record: VmRecord,
+    timing: Timing,
+) -> Result<Role, VmmError> {
+    let dir = RunDir::create(dir)?;
+    let built = (|| {
+        dir.write_record(&record)?;
+        machine.reopen_logs(&dir)?;
+        detach_stdio(&dir).map_err(VmmError::io("cannot reopen standard streams"))?;
+        let reactor = Reactor::new().map_err(VmmError::io("cannot make an epoll set"))?;
+        Control::new(reactor, &dir.file("api.sock"))
+    })();
+    match built {
+        Ok(control) => {
+            let timing = Timing { ready_ns: monotonic_ns(), ..timing };
+            Ok(Role::Zygote(Box::new(Zygote { control, machine, saved, dir, record, timing })))
+        }
+        Err(error) => {
+            dir.remove()?;
+            Err(error)
+        }
+    }
+}
+
+/// Leads standard input and output to /dev/null, and standard error to `vmm.log` in the run directory.
+///
+/// # Errors
+/// They can't be opened.
+pub fn detach_stdio(dir: &RunDir) -> io::Result<()> {
+    let null = OpenOptions::new().read(true).write(true).open("/dev/null")?;
+    let log = OpenOptions::new().create(true).append(true).open(dir.file("vmm.log"))?;
+    rustix::stdio::dup2_stdin(&null)?;
+    rustix::stdio::dup2_stdout(&null)?;
+    rustix::stdio::dup2_stderr(&log)?;
+    Ok(())
+}

@@ -1,0 +1,184 @@
+//! Forking a VM: the witness that all stands still, and fork(2) itself.
+//!
+//! ```text
+//!   source                                    child
+//!   ------                                    -----
+//!   quiesce() -> Quiesced                     .
+//!   Quiesced::fork() ------------------------> drop sockets, epoll, KVM fds, kvm_run maps; sweep
+//!   resume vCPUs                              new VM: memslots, irqchip, vCPUs; restore
+//!   watch the report pipe                     rewire devices, renew vmgenid, start vCPUs
+//!   .                                         run directory, API socket, vsock socket
+//!   answer the request <---- one line ------- "my vCPUs run"
+//! ```
+//!
+//! Known hole: memory that other threads of the source allocated (their stacks) is copied into the child
+//! and is reused there by the C library, never given back.
+
+#![allow(unsafe_code)]
+
+pub mod child;
+pub mod fds;
+pub mod offspring;
+
+use std::io;
+use std::sync::Arc;
+
+use forkd_api::types::{ChildSpec, SourcePause, Timing};
+use forkd_sys::clock::monotonic_ns;
+use forkd_sys::fork::{Child, Fork};
+use forkd_vm::{VcpuState, VmState};
+
+/// State that KVM holds and fork(2) does not copy. Everything else of a VM is process memory.
+#[derive(Debug)]
+pub struct SavedKvm {
+    /// Interrupt controllers, timer, clock.
+    pub vm: VmState,
+    /// vCPUs, in order.
+    pub vcpus: Vec<VcpuState>,
+}
+
+/// Witness that a VM stands still: no vCPU runs, no device works, no lock is held. Only this type forks.
+#[derive(Debug)]
+pub struct Quiesced {
+    saved: Arc<SavedKvm>,
+}
+
+impl Quiesced {
+    /// Vouches that the VM stands still.
+    ///
+    /// # Safety
+    /// All vCPU threads of this process must be parked (or there are none), and stay so while this
+    /// witness lives; the caller must be the event-loop thread and hold no lock.
+    pub(crate) unsafe fn vouch(saved: Arc<SavedKvm>) -> Self {
+        Self { saved }
+    }
+
+    fn fork(&self) -> io::Result<Fork> {
+        // SAFETY: the witness says that every other thread is a parked vCPU thread, which holds no lock:
+        // it waits on its condition variable. The child never runs those threads' destructors
+        // (`VcpuSet::abandon_in_child` forgets them).
+        unsafe { forkd_sys::fork::fork() }
+    }
+}
+
+/// What a child is to become.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Destiny {
+    /// A VM that runs.
+    Vm,
+    /// A zygote.
+    Zygote,
+}
+
+/// A child, in the child: who it is to be, and all it needs from its source's stack.
+#[derive(Debug)]
+pub struct Birth {
+    /// Who it is.
+    pub spec: ChildSpec,
+    /// What it becomes.
+    pub destiny: Destiny,
+    /// Where it reports.
+    pub report: io::PipeWriter,
+    /// KVM's state at the fork.
+    pub saved: Arc<SavedKvm>,
+    /// Marks so far.
+    pub timing: Timing,
+}
+
+/// A child, in the source.
+#[derive(Debug)]
+pub struct Delivered {
+    /// Number in the request.
+    pub index: usize,
+    /// Who it is.
+    pub spec: ChildSpec,
+    /// The process and its report, or why there is none.
+    pub outcome: io::Result<(Child, io::PipeReader)>,
+}
+
+/// Which side of [`fork_all`] this is.
+#[derive(Debug)]
+pub enum Forked {
+    /// The source, with all its children.
+    Source(Vec<Delivered>),
+    /// One of the children.
+    Child(Box<Birth>),
+}
+
+/// Pipes for the reports of `count` children. Made before the pause, so that they do not lengthen it.
+pub fn report_pipes(count: usize) -> Vec<io::Result<(io::PipeReader, io::PipeWriter)>> {
+    (0..count).map(|_| io::pipe()).collect()
+}
+
+/// Forks one child for each spec. One that can't be forked does not keep the others from being.
+pub fn fork_all(
+    quiesced: &Quiesced,
+    specs: Vec<ChildSpec>,
+    pipes: Vec<io::Result<(io::PipeReader, io::PipeWriter)>>,
+    destiny: Destiny,
+    requested_ns: u64,
+) -> Forked {
+    let mut delivered: Vec<Delivered> = Vec::with_capacity(specs.len());
+    for (index, (spec, pipe)) in specs.into_iter().zip(pipes).enumerate() {
+        let fork_begin_ns = monotonic_ns();
+        let outcome = match pipe {
+            Err(e) => Err(e),
+            Ok((reader, writer)) => match quiesced.fork() {
+                Err(e) => Err(e),
+                Ok(Fork::Parent(child)) => Ok((child, reader)),
+                Ok(Fork::Child) => {
+                    let fork_end_ns = monotonic_ns();
+                    let timing =
+                        Timing { requested_ns, fork_begin_ns, fork_end_ns, ..Timing::default() };
+                    let saved = Arc::clone(&quiesced.saved);
+                    let birth = Birth { spec, destiny, report: writer, saved, timing };
+                    return Forked::Child(Box::new(birth));
+                }
+            },
+        };
+        delivered.push(Delivered { index, spec, outcome });
+    }
+    Forked::Source(delivered)
+}
+
+/// Clock of a source's pause.
+#[derive(Debug)]
+pub struct PauseClock {
+    began_ns: u64,
+    quiesced_ns: u64,
+    saved_ns: u64,
+    forked_ns: u64,
+}
+
+impl PauseClock {
+    /// The first kick is about to be given.
+    pub fn start() -> Self {
+        Self { began_ns: monotonic_ns(), quiesced_ns: 0, saved_ns: 0, forked_ns: 0 }
+    }
+
+    /// All vCPUs are parked and saved.
+    pub fn quiesced(&mut self) {
+        self.quiesced_ns = monotonic_ns();
+    }
+
+    /// The VM's own state is saved.
+    pub fn saved(&mut self) {
+        self.saved_ns = monotonic_ns();
+    }
+
+    /// The last fork(2) has returned.
+    pub fn forked(&mut self) {
+        self.forked_ns = monotonic_ns();
+    }
+
+    /// The vCPUs were told to go on.
+    pub fn stop(self) -> SourcePause {
+        let us = |from: u64, to: u64| to.saturating_sub(from) / 1000;
+        SourcePause {
+            pause_us: us(self.began_ns, monotonic_ns()),
+            quiesce_us: us(self.began_ns, self.quiesced_ns),
+            save_us: us(self.quiesced_ns, self.saved_ns),
+            fork_us: us(self.saved_ns, self.forked_ns),
+        }
+    }
+}

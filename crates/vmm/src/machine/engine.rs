@@ -1,0 +1,125 @@
+//! What drives a machine: the KVM VM and its vCPUs. fork(2) does not copy these; a child builds its own.
+
+use std::sync::Arc;
+
+use forkd_api::types::{Metrics, Timing, VmConfig};
+use forkd_sys::clock::monotonic_ns;
+use forkd_vm::{ExitBus, Vcpu, Vm, boot};
+
+use super::{Machine, MachineError};
+use crate::fork::{PauseClock, Quiesced, SavedKvm};
+use crate::process::VmmError;
+use crate::vcpus::{VcpuSet, VcpusError};
+
+/// The KVM VM and its vCPUs.
+#[derive(Debug)]
+pub struct Engine {
+    vm: Vm,
+    /// The vCPU threads.
+    pub vcpus: VcpuSet,
+}
+
+impl Engine {
+    /// Loads a kernel and makes vCPUs that will start it; they are parked.
+    ///
+    /// # Errors
+    /// The kernel can't be loaded, or KVM refuses.
+    pub fn boot(
+        machine: &Machine,
+        config: &VmConfig,
+        timing: &mut Timing,
+    ) -> Result<Self, VmmError> {
+        let (vm, mut vcpus) = create(machine, config.vcpus)?;
+        timing.vm_created_ns = monotonic_ns();
+        let virtio_slots: Vec<u8> = machine.virtio.iter().map(|d| d.slot).collect();
+        let cmdline = forkd_vm::cmdline::build(&machine.host, &config.cmdline);
+        let args = boot::LoadArgs {
+            kernel: &config.kernel,
+            initrd: Some(&config.initrd),
+            cmdline: &cmdline,
+            vcpus: config.vcpus,
+            virtio_slots: &virtio_slots,
+            vmgenid: true,
+            entry: boot::ElfEntry::default(),
+        };
+        let entry = boot::load(machine.ram.guest(), &args).map_err(MachineError::from)?;
+        for vcpu in &mut vcpus {
+            vcpu.configure_boot(&entry).map_err(MachineError::from)?;
+        }
+        timing.restored_ns = monotonic_ns();
+        Self::start(machine, vm, vcpus)
+    }
+
+    /// In a forked child: makes a VM over the inherited RAM and puts the saved state into it; its vCPUs
+    /// are parked.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub fn rebuild(
+        machine: &Machine,
+        saved: &SavedKvm,
+        timing: &mut Timing,
+    ) -> Result<Self, VmmError> {
+        let (vm, mut vcpus) = create(machine, saved.vcpus.len() as u8)?;
+        timing.vm_created_ns = monotonic_ns();
+        let shift = saved.vm.clock_shift();
+        for (vcpu, state) in vcpus.iter_mut().zip(&saved.vcpus) {
+            vcpu.restore(state, shift).map_err(MachineError::from)?;
+        }
+        vm.restore(&saved.vm).map_err(MachineError::from)?;
+        machine.renew_generation()?;
+        timing.restored_ns = monotonic_ns();
+        Self::start(machine, vm, vcpus)
+    }
+
+    fn start(machine: &Machine, vm: Vm, vcpus: Vec<Vcpu>) -> Result<Self, VmmError> {
+        let buses: Arc<dyn ExitBus + Send + Sync> = machine.buses.clone();
+        let vcpus = VcpuSet::spawn(vcpus, &buses, machine.waker())?;
+        Ok(Self { vm, vcpus })
+    }
+
+    /// Stops all vCPUs and saves what KVM holds.
+    ///
+    /// # Errors
+    /// A vCPU does not stop, or state can't be read. The vCPUs are then to be resumed.
+    #[expect(unsafe_code, reason = "vouching for a VM that stands still is this function's task")]
+    pub fn quiesce(&self, clock: &mut PauseClock) -> Result<Quiesced, VmmError> {
+        self.vcpus.request_park();
+        self.vcpus.wait_parked()?;
+        let vcpus = self.vcpus.take_saved()?;
+        clock.quiesced();
+        let vm = self.vm.save().map_err(MachineError::from)?;
+        clock.saved();
+        // SAFETY: all vCPUs are parked, and only this thread, the event loop's, can resume them, which it
+        // does after the witness is gone. It is here between two events and holds no lock.
+        Ok(unsafe { Quiesced::vouch(Arc::new(SavedKvm { vm, vcpus })) })
+    }
+
+    /// Ends the vCPU threads and the VM.
+    ///
+    /// # Errors
+    /// A vCPU does not stop.
+    pub fn stop(self) -> Result<(), VcpusError> {
+        self.vcpus.stop()
+    }
+
+    /// In a forked child: lets go of the source's VM.
+    pub fn abandon_in_child(self) {
+        self.vm.abandon();
+        self.vcpus.abandon_in_child();
+    }
+
+    /// Counters of the remedies for PVM; empty elsewhere.
+    pub fn metrics(&self) -> Metrics {
+        let remedies = self.vm.pvm_metrics().map(|m| m.snapshot()).unwrap_or_default();
+        remedies.into_iter().map(|(name, value)| (format!("pvm.{name}"), value)).collect()
+    }
+}
+
+fn create(machine: &Machine, count: u8) -> Result<(Vm, Vec<Vcpu>), MachineError> {
+    let mut vm = Vm::new(&machine.host, &machine.slots(), count)?;
+    vm.adopt(machine.wiring.line());
+    let vcpus =
+        (0..count).map(|i| vm.create_vcpu(i, machine.ram.guest())).collect::<Result<_, _>>()?;
+    Ok((vm, vcpus))
+}

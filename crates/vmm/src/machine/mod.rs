@@ -1,0 +1,509 @@
+//! A VM's machine: RAM, root image, buses, devices. Everything that fork(2) copies.
+//!
+//! A child keeps all of it as it is in memory. What binds it to a process is replaced: the waker
+//! (an eventfd is shared over fork), the interrupt line (the child's [`Engine`](engine::Engine) takes it
+//! over), vsock's host side, and the log's file.
+
+pub mod config;
+pub mod engine;
+mod wiring;
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use forkd_api::types::{DriveConfig, Metrics, VmConfig};
+use forkd_devices::bus::Bus;
+use forkd_devices::i8042::I8042;
+use forkd_devices::serial::{ConsoleLog, Serial};
+use forkd_devices::virtio::block::{Block, BlockConfig, Disk, DiskConfig};
+use forkd_devices::virtio::mmio::{MmioTransport, Transport};
+use forkd_devices::virtio::pmem::{Pmem, PmemConfig};
+use forkd_devices::virtio::rng::Rng;
+use forkd_devices::virtio::vsock::{Vsock, VsockEndpoint};
+use forkd_devices::vmgenid::VmGenId;
+use forkd_memory::{AnonOptions, GuestRam};
+use forkd_sys::mmap::{AnonymousOptions, Mapping};
+use forkd_sys::reactor::{Interest, Reactor, Readiness, Token};
+use forkd_sys::wake::Waker;
+use forkd_vm::{ExitBus, Host, MemSlot, layout};
+
+pub use forkd_devices::virtio::vsock::Gate;
+
+use crate::control::tokens;
+use crate::fork::fds::{Disposition, Registry};
+use crate::process::VmmError;
+use crate::run_dir::RunDir;
+use engine::Engine;
+use wiring::Wiring;
+
+/// Bytes of serial console that a VM keeps on disk; older output makes room for newer.
+const CONSOLE_LIMIT: u64 = 1 << 20;
+
+/// Lines of console that an error message quotes.
+const TAIL_LINES: usize = 10;
+
+/// Linux takes a pmem region in units of 2 MiB (a subsection of ZONE_DEVICE memory).
+const PMEM_UNIT: u64 = 2 << 20;
+
+const PAGE: u64 = 4096;
+
+/// Why a machine could not be built.
+#[derive(Debug, thiserror::Error)]
+pub enum MachineError {
+    /// KVM is not there, or not usable.
+    #[error(transparent)]
+    Host(#[from] forkd_vm::HostError),
+    /// RAM can't be had.
+    #[error(transparent)]
+    Memory(#[from] forkd_memory::MemoryError),
+    /// The KVM VM can't be made.
+    #[error(transparent)]
+    Vm(#[from] forkd_vm::VmError),
+    /// A vCPU can't be made or restored.
+    #[error(transparent)]
+    Vcpu(#[from] forkd_vm::VcpuError),
+    /// The kernel can't be loaded.
+    #[error(transparent)]
+    Boot(#[from] forkd_vm::boot::BootError),
+    /// A file can't be used.
+    #[error("{what} {path}: {source}")]
+    File {
+        /// What it is for.
+        what: &'static str,
+        /// Its path.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// A disk can't be used.
+    #[error("drive {index}: {source}")]
+    Disk {
+        /// Number of the drive.
+        index: usize,
+        /// Why.
+        source: forkd_devices::virtio::block::DiskError,
+    },
+    /// The generation id can't be written.
+    #[error(transparent)]
+    VmGenId(#[from] forkd_devices::vmgenid::VmGenIdError),
+    /// Two devices at one address: a mistake in the memory map.
+    #[error(transparent)]
+    Bus(#[from] forkd_devices::bus::BusError),
+    /// Something else failed.
+    #[error("{0}: {1}")]
+    Io(&'static str, io::Error),
+}
+
+/// Buses as vCPU threads see them.
+#[derive(Debug)]
+pub struct Buses {
+    pio: Bus,
+    mmio: Bus,
+}
+
+impl ExitBus for Buses {
+    fn pio_read(&self, port: u16, data: &mut [u8]) {
+        self.pio.read(u64::from(port), data);
+    }
+
+    fn pio_write(&self, port: u16, data: &[u8]) {
+        self.pio.write(u64::from(port), data);
+    }
+
+    fn mmio_read(&self, addr: u64, data: &mut [u8]) {
+        self.mmio.read(addr, data);
+    }
+
+    fn mmio_write(&self, addr: u64, data: &[u8]) {
+        self.mmio.write(addr, data);
+    }
+}
+
+/// The root image in guest-physical memory: the file, and zeroes up to the next unit.
+#[derive(Debug)]
+struct Root {
+    gpa: u64,
+    file: Mapping,
+    tail: Option<Mapping>,
+}
+
+/// A virtio device at its slot, as the event loop sees it.
+struct Slotted {
+    slot: u8,
+    name: String,
+    transport: Arc<dyn Transport>,
+}
+
+/// The machine.
+pub struct Machine {
+    host: Host,
+    ram: GuestRam,
+    root: Root,
+    buses: Arc<Buses>,
+    wiring: Wiring,
+    console: ConsoleLog,
+    serial: Arc<Mutex<Serial>>,
+    i8042: Arc<Mutex<I8042>>,
+    vmgenid: VmGenId,
+    virtio: Vec<Slotted>,
+    vsock: VsockEndpoint,
+    disks: Vec<File>,
+}
+
+impl std::fmt::Debug for Machine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Machine").field("ram", &self.ram).field("root", &self.root).finish()
+    }
+}
+
+fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Machine {
+    /// Builds a machine.
+    ///
+    /// # Errors
+    /// The first part that could not be had.
+    pub fn build(config: &VmConfig, dir: &RunDir) -> Result<Self, MachineError> {
+        let host = Host::open()?;
+        let ram = GuestRam::anonymous(config.mem_mib, AnonOptions { thp: true })?;
+        let wiring = Wiring::new().map_err(|e| MachineError::Io("cannot make an eventfd", e))?;
+        let root = Root::map(config, &ram)?;
+        let console_path = dir.file("console.log");
+        let console = ConsoleLog::create(&console_path, CONSOLE_LIMIT)
+            .map_err(|e| MachineError::Io("cannot make the console's log", e.into()))?;
+        let serial = Serial::new(wiring.interrupt(layout::SERIAL_GSI), console.clone());
+        let serial = Arc::new(Mutex::new(serial));
+        let i8042 = I8042::new(wiring.interrupt(I8042_GSI), wiring.doorbell());
+        let i8042 = Arc::new(Mutex::new(i8042));
+        let mut buses = Buses { pio: Bus::new(), mmio: Bus::new() };
+        buses.pio.insert(
+            layout::SERIAL_PORT.into(),
+            layout::SERIAL_PORTS.into(),
+            serial.clone(),
+        )?;
+        buses.pio.insert(layout::I8042_PORT.into(), I8042_PORTS, i8042.clone())?;
+        let genid_irq = wiring.interrupt(layout::GED_GSI);
+        let vmgenid = VmGenId::new(ram.guest().clone(), layout::VMGENID_PAGE, genid_irq)?;
+        let mut slots =
+            Slots { ram: &ram, wiring: &wiring, mmio: &mut buses.mmio, taken: Vec::new() };
+        slots.add("pmem0", Pmem::new(PmemConfig { start: root.gpa, size: root.len() }))?;
+        slots.add("rng", Rng::new())?;
+        let vsock = VsockEndpoint::new(slots.add("vsock", Vsock::new())?);
+        let mut disks = Vec::new();
+        for (index, drive) in config.drives.iter().enumerate() {
+            let (disk, base) = open_disk(index, drive)?;
+            disks.extend(base);
+            let id = format!("{}-{index}", config.id);
+            slots.add(&format!("drive{index}"), Block::new(disk, &BlockConfig { id }))?;
+        }
+        let virtio = slots.taken;
+        let buses = Arc::new(buses);
+        let machine = Self {
+            host,
+            ram,
+            root,
+            buses,
+            wiring,
+            console,
+            serial,
+            i8042,
+            vmgenid,
+            virtio,
+            vsock,
+            disks,
+        };
+        machine.listen_vsock(dir)?;
+        Ok(machine)
+    }
+
+    /// Memory slots for KVM, RAM first.
+    pub fn slots(&self) -> Vec<MemSlot> {
+        let mut slots: Vec<MemSlot> = self
+            .ram
+            .regions()
+            .map(|r| MemSlot {
+                slot: r.slot,
+                gpa: r.gpa,
+                len: r.len,
+                host_addr: r.host_addr,
+                read_only: false,
+            })
+            .collect();
+        let mut gpa = self.root.gpa;
+        for mapping in [Some(&self.root.file), self.root.tail.as_ref()].into_iter().flatten() {
+            let len = mapping.len() as u64;
+            let slot = slots.len() as u32;
+            let host_addr = mapping.address() as u64;
+            slots.push(MemSlot { slot, gpa, len, host_addr, read_only: true });
+            gpa += len;
+        }
+        slots
+    }
+
+    /// Works on virtqueues that the guest has notified.
+    pub fn process_pending(&self, reactor: &Reactor) {
+        for device in self.virtio.iter().filter(|d| d.transport.has_pending()) {
+            device.transport.process_pending();
+        }
+        self.vsock.process(reactor);
+    }
+
+    /// Takes back the rings of the waker.
+    ///
+    /// # Errors
+    /// The eventfd is broken.
+    pub fn drain_wakes(&self) -> io::Result<()> {
+        self.wiring.waker().drain().map(drop)
+    }
+
+    /// The waker of the event loop.
+    pub fn waker(&self) -> &Waker {
+        self.wiring.waker()
+    }
+
+    /// True once the guest has asked for a reset through the keyboard controller.
+    pub fn take_reset_request(&self) -> bool {
+        lock(&self.i8042).take_reset_request()
+    }
+
+    /// Presses Ctrl+Alt+Del. False if the guest does not listen to its keyboard.
+    pub fn press_ctrl_alt_del(&self) -> bool {
+        lock(&self.i8042).press_ctrl_alt_del()
+    }
+
+    /// The console's last lines.
+    pub fn console_tail(&self) -> String {
+        self.console.last_lines(TAIL_LINES)
+    }
+
+    /// Registers what the event loop watches.
+    ///
+    /// # Errors
+    /// The reactor fails.
+    pub fn register(&self, reactor: &Reactor) -> Result<(), VmmError> {
+        reactor
+            .add(self.wiring.waker(), tokens::WAKER, Interest::READ)
+            .map_err(VmmError::io("cannot watch the devices"))?;
+        self.vsock.register(reactor, tokens::VSOCK);
+        Ok(())
+    }
+
+    /// Counters of all devices, and of the remedies for PVM where there are any.
+    pub fn metrics(&self, engine: Option<&Engine>) -> Metrics {
+        let mut metrics = Metrics::new();
+        for device in &self.virtio {
+            let counters = device.transport.metrics();
+            metrics.extend(counters.into_iter().map(|(k, v)| (format!("{}.{k}", device.name), v)));
+        }
+        let (reads, writes) = self.buses.mmio.unclaimed();
+        metrics.insert("mmio.unclaimed_reads".into(), reads);
+        metrics.insert("mmio.unclaimed_writes".into(), writes);
+        let (printed, lost) = self.console.counters();
+        metrics.insert("console.printed_bytes".into(), printed);
+        metrics.insert("console.lost_bytes".into(), lost);
+        metrics.extend(engine.map(Engine::metrics).unwrap_or_default());
+        metrics
+    }
+}
+
+/// What a forked child does with its machine.
+impl Machine {
+    /// Which fds the machine keeps in a child: what it shares, and what it replaces itself.
+    pub fn register_fds(&self, registry: &mut Registry) {
+        registry.register_raw(self.host.kvm().as_raw_fd(), Disposition::Inherit, "kvm");
+        for disk in &self.disks {
+            registry.register(disk, Disposition::Inherit, "disk");
+        }
+        registry.register(self.wiring.waker(), Disposition::Reopen, "waker");
+        if let Some(fd) = self.console.raw_fd() {
+            registry.register_raw(fd, Disposition::Reopen, "console.log");
+        }
+    }
+
+    /// Gives the devices a waker of this process. Before anything is swept.
+    ///
+    /// # Errors
+    /// No eventfd to be had.
+    pub fn rewire(&mut self) -> io::Result<()> {
+        self.wiring.renew_waker()?;
+        lock(&self.serial).rewire(self.wiring.interrupt(layout::SERIAL_GSI));
+        lock(&self.i8042).rewire(self.wiring.interrupt(I8042_GSI), self.wiring.doorbell());
+        for device in &self.virtio {
+            let gsi = layout::virtio_mmio_gsi(device.slot).unwrap_or_default();
+            device.transport.rewire(self.wiring.interrupt(gsi), self.wiring.doorbell());
+        }
+        Ok(())
+    }
+
+    /// Gives the guest a new generation id, and tells it. After interrupts work, before vCPUs run.
+    ///
+    /// # Errors
+    /// No random bytes to be had.
+    pub fn renew_generation(&self) -> Result<(), MachineError> {
+        Ok(self.vmgenid.renew()?)
+    }
+
+    /// Lets the console go on in this VM's own log.
+    ///
+    /// # Errors
+    /// The file can't be made.
+    pub fn reopen_logs(&self, dir: &RunDir) -> Result<(), VmmError> {
+        self.console
+            .reopen(&dir.file("console.log"))
+            .map_err(|e| VmmError::Setup("cannot make the console's log", e.into()))
+    }
+
+    /// A child's guest RAM is written in small pieces: a copy should be 4 KiB, not 2 MiB.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn prefer_small_pages(&self) -> Result<(), MachineError> {
+        Ok(self.ram.prefer_small_pages()?)
+    }
+
+    /// Rings for work that was pending at the fork, and repeats interrupts that were not taken.
+    pub fn resume_devices(&self) {
+        for device in &self.virtio {
+            device.transport.resume();
+        }
+    }
+}
+
+/// The socket device, which has a host side.
+impl Machine {
+    fn listen_vsock(&self, dir: &RunDir) -> Result<(), MachineError> {
+        self.vsock
+            .listen(&dir.file("vsock.sock"))
+            .map_err(|e| MachineError::Io("cannot listen for vsock connections", e.into()))
+    }
+
+    /// Whether `token` belongs to a device.
+    pub fn owns(&self, token: Token) -> bool {
+        self.vsock.owns(token)
+    }
+
+    /// Handles an event on a device's token.
+    pub fn handle(&self, reactor: &Reactor, readiness: &Readiness) {
+        self.vsock.handle(reactor, readiness);
+    }
+
+    /// Accepts the guest's connections to `port` within this process.
+    pub fn vsock_listen_internal(&self, port: u32) {
+        self.vsock.listen_internal(port);
+    }
+
+    /// What has come of that.
+    pub fn take_vsock_incoming(&self) -> Vec<(u32, UnixStream)> {
+        self.vsock.take_internal_incoming()
+    }
+
+    /// Connects to a port of the guest, whatever the gate says.
+    ///
+    /// # Errors
+    /// No fds.
+    pub fn connect_internal(&self, port: u32) -> io::Result<UnixStream> {
+        self.vsock.connect_internal(port)
+    }
+
+    /// Lets the host's connections in, holds or refuses them.
+    pub fn set_gate(&self, gate: Gate) {
+        self.vsock.set_gate(gate);
+    }
+
+    /// In a child: closes the source's connections, and has the guest told that they are gone.
+    ///
+    /// # Errors
+    /// None in practice: there is no socket to be bound.
+    pub fn drop_host_side(&self) -> Result<(), VmmError> {
+        self.vsock
+            .begin_child(None)
+            .map_err(|e| VmmError::Setup("cannot drop the source's connections", e.into()))
+    }
+
+    /// In a child: listens at its own socket.
+    ///
+    /// # Errors
+    /// The socket can't be made.
+    pub fn listen(&self, dir: &RunDir) -> Result<(), VmmError> {
+        Ok(self.listen_vsock(dir)?)
+    }
+}
+
+/// The keyboard's interrupt (ISA IRQ 1) and ports 0x60 to 0x64.
+const I8042_GSI: u32 = 1;
+const I8042_PORTS: u64 = 5;
+
+impl Root {
+    fn map(config: &VmConfig, ram: &GuestRam) -> Result<Self, MachineError> {
+        let path = &config.root;
+        let fail = |source| MachineError::File { what: "root image", path: path.clone(), source };
+        let file = File::open(path).map_err(fail)?;
+        let len = file.metadata().map_err(fail)?.len().next_multiple_of(PAGE);
+        let mapping = Mapping::file_shared_readonly(&file, 0, len as usize).map_err(fail)?;
+        let gap = len.next_multiple_of(PMEM_UNIT) - len;
+        let tail = match gap {
+            0 => None,
+            _ => Some(Mapping::anonymous(gap as usize, AnonymousOptions::default()).map_err(fail)?),
+        };
+        let gpa = ram.free_gpa_above(layout::PMEM_ALIGN);
+        Ok(Self { gpa, file: mapping, tail })
+    }
+
+    fn len(&self) -> u64 {
+        (self.file.len() + self.tail.as_ref().map_or(0, Mapping::len)) as u64
+    }
+}
+
+/// Hands out virtio-mmio slots.
+struct Slots<'a> {
+    ram: &'a GuestRam,
+    wiring: &'a Wiring,
+    mmio: &'a mut Bus,
+    taken: Vec<Slotted>,
+}
+
+impl Slots<'_> {
+    fn add<D: forkd_devices::virtio::VirtioDevice + 'static>(
+        &mut self,
+        name: &str,
+        device: D,
+    ) -> Result<Arc<MmioTransport<D>>, MachineError> {
+        let slot = self.taken.len() as u8;
+        let full = || MachineError::Io("no virtio slot is left", io::ErrorKind::OutOfMemory.into());
+        let (gpa, gsi) =
+            layout::virtio_mmio_addr(slot).zip(layout::virtio_mmio_gsi(slot)).ok_or_else(full)?;
+        let transport = Arc::new(MmioTransport::new(
+            device,
+            self.ram.guest().clone(),
+            self.wiring.interrupt(gsi),
+            self.wiring.doorbell(),
+        ));
+        self.mmio.insert(gpa, layout::VIRTIO_MMIO_STRIDE, transport.front())?;
+        let name = name.to_owned();
+        self.taken.push(Slotted { slot, name, transport: transport.clone() });
+        Ok(transport)
+    }
+}
+
+fn open_disk(index: usize, drive: &DriveConfig) -> Result<(Disk, Option<File>), MachineError> {
+    let open = |path: &PathBuf| {
+        File::open(path).map_err(|source| MachineError::File {
+            what: "disk image",
+            path: path.clone(),
+            source,
+        })
+    };
+    let base = drive.path.as_ref().map(open).transpose()?;
+    let keep = base.as_ref().map(File::try_clone).transpose();
+    let keep = keep.map_err(|e| MachineError::Io("cannot duplicate a disk's fd", e))?;
+    let size = drive.size_mib.map(|mib| u64::from(mib) << 20);
+    let config = DiskConfig { base, size, read_only: drive.read_only, layer_quota: u64::MAX };
+    let disk = Disk::new(config).map_err(|source| MachineError::Disk { index, source })?;
+    Ok((disk, keep))
+}

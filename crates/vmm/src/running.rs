@@ -1,0 +1,507 @@
+//! The role of a VM that runs: its event loop.
+//!
+//! One thread waits for readiness and acts on it: virtqueues that the guest has notified, vsock's host
+//! side, the API, the agent link, signals, children. vCPUs run on threads of their own and come here
+//! only as events.
+
+use std::io;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use forkd_agent::protocol::init::{Identity, Reason};
+use forkd_api::http::Request;
+use forkd_api::server::RequestId;
+use forkd_api::types::{
+    Action, ChildResult, ChildSpec, DesiredState, InstanceInfo, Timing, VmConfig, VmInfo, VmPhase,
+    VmRecord,
+};
+use forkd_sys::clock::{monotonic_ns, realtime_ns};
+use forkd_sys::reactor::{Reactor, Readiness};
+
+use crate::agent_link::{AgentLink, HELLO_PORT, LinkEvent, NOTICE_PORT};
+use crate::control::{Control, Handled, tokens};
+use crate::fork::offspring::AnswerAs;
+use crate::fork::{Birth, Destiny, Forked, PauseClock, Quiesced, child, fork_all, report_pipes};
+use crate::machine::engine::Engine;
+use crate::machine::{Gate, Machine};
+use crate::process::{Next, VmmError, report, tell};
+use crate::requests::{Refusal, VmmAction};
+use crate::run_dir::RunDir;
+use crate::vcpus::VcpuEvent;
+
+/// Who waits to hear that the vCPUs run.
+pub enum Announce {
+    /// Nobody (any more).
+    Nobody,
+    /// Whoever started this process, on standard output.
+    Starter,
+    /// The source of the fork, on a pipe.
+    Source(io::PipeWriter),
+}
+
+/// A client that waits until the VM is ready or has failed.
+struct Waiter {
+    request: RequestId,
+    deadline: Instant,
+}
+
+/// What an event means for the loop.
+enum Flow {
+    Go,
+    /// End in good order, with this exit status.
+    Exit(u8),
+    /// This process is a child now.
+    Child(Box<Birth>),
+}
+
+/// A VM that runs.
+pub struct Running {
+    pub(crate) control: Control,
+    pub(crate) machine: Machine,
+    pub(crate) engine: Engine,
+    pub(crate) dir: RunDir,
+    pub(crate) link: AgentLink,
+    pub(crate) record: VmRecord,
+    pub(crate) timing: Timing,
+    pub(crate) announce: Announce,
+    pub(crate) phase: VmPhase,
+    pub(crate) error: Option<String>,
+    waiters: Vec<Waiter>,
+}
+
+/// What [`Running::new`] puts together.
+pub struct Parts {
+    /// Reactor, API, signals, children.
+    pub control: Control,
+    /// RAM and devices.
+    pub machine: Machine,
+    /// KVM VM and vCPUs.
+    pub engine: Engine,
+    /// Run directory.
+    pub dir: RunDir,
+    /// Link to the agent.
+    pub link: AgentLink,
+    /// Who this VM is.
+    pub record: VmRecord,
+    /// Marks so far.
+    pub timing: Timing,
+    /// Who waits for it to run.
+    pub announce: Announce,
+}
+
+impl Running {
+    /// A VM whose vCPUs are about to run.
+    pub fn new(parts: Parts) -> Self {
+        let Parts { control, machine, engine, dir, link, record, timing, announce } = parts;
+        Self {
+            control,
+            machine,
+            engine,
+            dir,
+            link,
+            record,
+            timing,
+            announce,
+            phase: VmPhase::Starting,
+            error: None,
+            waiters: Vec::new(),
+        }
+    }
+
+    /// Builds a VM as `config` says and starts it.
+    ///
+    /// # Errors
+    /// What could not be had; its run directory is removed then.
+    pub fn boot(config: VmConfig) -> Result<Self, VmmError> {
+        let requested_ns = monotonic_ns();
+        crate::machine::config::check(&config)?;
+        let dir = RunDir::create(&config.dir)?;
+        Self::boot_in(&dir, &config, requested_ns)
+            .map_err(|error| {
+                // The error at hand is the one to tell; a directory that stays is swept later.
+                let _ = std::fs::remove_dir_all(dir.path());
+                error
+            })
+            .map(|(control, machine, engine, link, record, timing)| {
+                let announce = Announce::Starter;
+                engine.vcpus.resume();
+                Self::new(Parts { control, machine, engine, dir, link, record, timing, announce })
+            })
+    }
+
+    #[expect(clippy::type_complexity, reason = "parts of a Running, named where they are taken")]
+    fn boot_in(
+        dir: &RunDir,
+        config: &VmConfig,
+        requested_ns: u64,
+    ) -> Result<(Control, Machine, Engine, AgentLink, VmRecord, Timing), VmmError> {
+        let record = VmRecord {
+            id: config.id.clone(),
+            name: config.name.clone(),
+            zygote: false,
+            pid: std::process::id(),
+            vcpus: config.vcpus,
+            mem_mib: config.mem_mib,
+            image: config.image.clone(),
+            image_digest: config.image_digest.clone(),
+            parent: None,
+            generation: 0,
+            created_unix_ms: realtime_ns() / 1_000_000,
+        };
+        dir.write_record(&record)?;
+        let reactor = Reactor::new().map_err(VmmError::io("cannot make an epoll set"))?;
+        let control = Control::new(reactor, &dir.file("api.sock"))?;
+        let machine = Machine::build(config, dir)?;
+        machine.register(&control.reactor)?;
+        let mut timing = Timing { requested_ns, ..Timing::default() };
+        let engine = Engine::boot(&machine, config, &mut timing)?;
+        let mut link = AgentLink::new(&control.reactor, tokens::LINK)
+            .map_err(VmmError::io("cannot make the agent link"))?;
+        machine.vsock_listen_internal(HELLO_PORT);
+        link.await_hello(Duration::from_secs(u64::from(config.boot_timeout_s)))
+            .map_err(VmmError::io("cannot make the agent link"))?;
+        Ok((control, machine, engine, link, record, timing))
+    }
+
+    /// Serves until the VM ends, or until this process turns out to be a child of it.
+    ///
+    /// # Errors
+    /// The loop itself fails. The run directory is removed then as well.
+    pub fn serve(mut self: Box<Self>) -> Result<Next, VmmError> {
+        let flow = self.event_loop();
+        match flow {
+            Ok(Flow::Child(birth)) => {
+                let Self { control, machine, engine, dir, link, record, .. } = *self;
+                drop((control, dir, link));
+                let inherited = child::Inherited::from_running(machine, engine, record);
+                Ok(Next::Child(birth, Box::new(inherited)))
+            }
+            Ok(Flow::Exit(code)) => self.end().map(|()| Next::Exit(ExitCode::from(code))),
+            Ok(Flow::Go) => self.end().map(|()| Next::Exit(ExitCode::SUCCESS)),
+            Err(error) => {
+                self.end()?;
+                Err(VmmError::Setup("the event loop failed", error))
+            }
+        }
+    }
+
+    fn end(self) -> Result<(), VmmError> {
+        // The directory first: once it is gone the VM is gone for everybody, while KVM takes its time.
+        self.dir.remove()?;
+        self.engine.stop().map_err(VmmError::from)
+    }
+
+    fn event_loop(&mut self) -> io::Result<Flow> {
+        let mut events = Vec::new();
+        loop {
+            self.control.reactor.wait(&mut events, self.next_timeout())?;
+            for readiness in events.drain(..) {
+                match self.dispatch(readiness)? {
+                    Flow::Go => {}
+                    other => return Ok(other),
+                }
+            }
+            self.control.answer_forks()?;
+            self.answer_waiters()?;
+        }
+    }
+
+    fn next_timeout(&self) -> Option<Duration> {
+        let now = Instant::now();
+        let waiters = self.waiters.iter().map(|w| w.deadline.saturating_duration_since(now)).min();
+        [waiters, self.control.offspring.next_deadline()].into_iter().flatten().min()
+    }
+
+    fn dispatch(&mut self, readiness: Readiness) -> io::Result<Flow> {
+        let token = readiness.token;
+        if token == tokens::WAKER {
+            return self.on_wake();
+        }
+        if self.machine.owns(token) {
+            self.machine.handle(&self.control.reactor, &readiness);
+            return self.after_device_work();
+        }
+        if self.link.owns(token) {
+            if let Some(event) = self.link.handle(&self.control.reactor, readiness)? {
+                self.on_link(event)?;
+            }
+            return Ok(Flow::Go);
+        }
+        match self.control.handle(readiness)? {
+            None | Some(Handled::Nothing) => Ok(Flow::Go),
+            Some(Handled::Terminate) => Ok(Flow::Exit(0)),
+            Some(Handled::Requests(requests)) => self.on_requests(requests),
+        }
+    }
+
+    /// vCPUs or devices have rung.
+    fn on_wake(&mut self) -> io::Result<Flow> {
+        self.machine.drain_wakes()?;
+        if self.machine.take_reset_request() {
+            return Ok(self.guest_ended());
+        }
+        for event in self.engine.vcpus.take_events() {
+            match event {
+                VcpuEvent::Reset | VcpuEvent::Shutdown => return Ok(self.guest_ended()),
+                VcpuEvent::Failed(index, error) => {
+                    let why = format!("vCPU {index} cannot go on: {error}");
+                    eprintln!("forkd: {why}");
+                    self.fail(why)?;
+                }
+            }
+        }
+        self.machine.process_pending(&self.control.reactor);
+        self.announce_running()?;
+        self.after_device_work()
+    }
+
+    /// The guest is gone. Before it was ready that is a failure that someone waits to hear of.
+    fn guest_ended(&mut self) -> Flow {
+        if self.phase == VmPhase::Starting && !self.waiters.is_empty() {
+            let tail = self.machine.console_tail();
+            let why =
+                format!("the guest ended before its agent was ready; its last words:\n{tail}");
+            // The loop ends anyway; a reactor that fails now changes nothing.
+            let _ = self.fail(why).and_then(|()| self.answer_waiters());
+            return Flow::Exit(1);
+        }
+        Flow::Exit(0)
+    }
+
+    fn after_device_work(&mut self) -> io::Result<Flow> {
+        for (port, stream) in self.machine.take_vsock_incoming() {
+            if port == HELLO_PORT {
+                self.link.accept_hello(&self.control.reactor, stream)?;
+            }
+        }
+        Ok(Flow::Go)
+    }
+
+    fn announce_running(&mut self) -> io::Result<()> {
+        if matches!(self.announce, Announce::Nobody) {
+            return Ok(());
+        }
+        let Some(running_ns) = self.engine.vcpus.running_since() else { return Ok(()) };
+        self.timing.running_ns = running_ns;
+        match std::mem::replace(&mut self.announce, Announce::Nobody) {
+            Announce::Nobody => Ok(()),
+            Announce::Starter => {
+                tell(&serde_json::json!({"ok": true}));
+                child::detach_stdio(&self.dir)
+            }
+            Announce::Source(mut pipe) => {
+                let (id, timing) = (self.record.id.clone(), self.timing);
+                let pid = Some(self.record.pid);
+                report(&mut pipe, &ChildResult { id, pid, error: None, timing });
+                Ok(())
+            }
+        }
+    }
+
+    fn on_link(&mut self, event: LinkEvent) -> io::Result<()> {
+        match event {
+            LinkEvent::Hello(_) => {
+                self.timing.agent_hello_ns = monotonic_ns();
+                self.send_notice(Reason::Boot)
+            }
+            LinkEvent::Ready => {
+                self.timing.ready_ns = monotonic_ns();
+                self.phase = VmPhase::Ready;
+                self.machine.set_gate(Gate::Open);
+                Ok(())
+            }
+            LinkEvent::Failed(why) => self.fail(why),
+        }
+    }
+
+    /// Tells the guest who it is.
+    ///
+    /// # Errors
+    /// The reactor fails, or the host is out of fds.
+    pub fn send_notice(&mut self, reason: Reason) -> io::Result<()> {
+        let stream = self.machine.connect_internal(NOTICE_PORT)?;
+        let mut machine_id = [0; 16];
+        forkd_sys::random::fill(&mut machine_id)?;
+        let identity = Identity {
+            id: self.record.id.clone(),
+            hostname: self.record.name.clone(),
+            generation: self.record.generation,
+            machine_id: machine_id.iter().map(|b| format!("{b:02x}")).collect(),
+        };
+        self.link.send_notice(&self.control.reactor, stream, identity, reason)
+    }
+
+    fn fail(&mut self, why: String) -> io::Result<()> {
+        self.phase = VmPhase::Failed;
+        self.error = Some(why.clone());
+        self.machine.set_gate(Gate::Refuse(why));
+        Ok(())
+    }
+
+    fn on_requests(&mut self, requests: Vec<(RequestId, Request)>) -> io::Result<Flow> {
+        for (id, request) in requests {
+            let outcome = match VmmAction::parse(&request) {
+                Ok(action) => self.act(id, action)?,
+                Err(refusal) => Err(refusal),
+            };
+            match outcome {
+                Ok(Flow::Go) => {}
+                Ok(other) => return Ok(other),
+                Err(Refusal { status, message }) => {
+                    self.control.answer_fault(id, status, message)?;
+                }
+            }
+        }
+        Ok(Flow::Go)
+    }
+
+    fn act(&mut self, id: RequestId, action: VmmAction) -> io::Result<Result<Flow, Refusal>> {
+        match action {
+            VmmAction::InstanceInfo => {
+                let state = match self.phase {
+                    VmPhase::Paused | VmPhase::Zygote => "Paused",
+                    _ => "Running",
+                };
+                self.control.answer(id, 200, &instance_info(&self.record.id, state))?;
+            }
+            VmmAction::VmInfo => self.control.answer(id, 200, &self.info())?,
+            VmmAction::WaitReady(timeout) => {
+                self.waiters.push(Waiter { request: id, deadline: Instant::now() + timeout });
+            }
+            VmmAction::Metrics => {
+                let metrics = self.machine.metrics(Some(&self.engine));
+                self.control.answer(id, 200, &metrics)?;
+            }
+            VmmAction::Fork(request) => {
+                return self.fork(id, request.children, Destiny::Vm);
+            }
+            VmmAction::Zygote(request) => {
+                let spec =
+                    ChildSpec { id: request.tag.clone(), name: request.tag, dir: request.dir };
+                return self.fork(id, vec![spec], Destiny::Zygote);
+            }
+            VmmAction::SetState(state) => return self.set_state(id, state),
+            VmmAction::Act(Action::SendCtrlAltDel) => {
+                self.machine.press_ctrl_alt_del();
+                self.control.answer_empty(id)?;
+            }
+            VmmAction::Act(Action::Stop) => {
+                self.control.answer_empty(id)?;
+                return Ok(Ok(Flow::Exit(0)));
+            }
+        }
+        Ok(Ok(Flow::Go))
+    }
+
+    fn info(&self) -> VmInfo {
+        VmInfo {
+            record: self.record.clone(),
+            phase: self.phase,
+            error: self.error.clone(),
+            timing: self.timing,
+        }
+    }
+
+    fn answer_waiters(&mut self) -> io::Result<()> {
+        let settled = self.phase != VmPhase::Starting;
+        let now = Instant::now();
+        let (due, rest): (Vec<_>, Vec<_>) = std::mem::take(&mut self.waiters)
+            .into_iter()
+            .partition(|w| settled || w.deadline <= now);
+        self.waiters = rest;
+        for waiter in due {
+            let info = self.info();
+            self.control.answer(waiter.request, 200, &info)?;
+        }
+        Ok(())
+    }
+
+    fn set_state(
+        &mut self,
+        id: RequestId,
+        state: DesiredState,
+    ) -> io::Result<Result<Flow, Refusal>> {
+        match (state, self.phase) {
+            (DesiredState::Paused, VmPhase::Ready) => {
+                self.engine.vcpus.request_park();
+                if let Err(error) = self.engine.vcpus.wait_parked() {
+                    self.engine.vcpus.resume();
+                    return Ok(Err(Refusal::new(500, error.to_string())));
+                }
+                self.phase = VmPhase::Paused;
+            }
+            (DesiredState::Resumed, VmPhase::Paused) => {
+                self.engine.vcpus.resume();
+                self.phase = VmPhase::Ready;
+            }
+            (DesiredState::Paused, VmPhase::Paused) | (DesiredState::Resumed, VmPhase::Ready) => {}
+            (_, phase) => {
+                let why = format!("the VM is {phase:?}: only one that is ready can be paused");
+                return Ok(Err(Refusal::new(409, why)));
+            }
+        }
+        self.control.answer_empty(id)?;
+        Ok(Ok(Flow::Go))
+    }
+
+    /// Forks children off the running VM.
+    fn fork(
+        &mut self,
+        request: RequestId,
+        specs: Vec<ChildSpec>,
+        destiny: Destiny,
+    ) -> io::Result<Result<Flow, Refusal>> {
+        let requested_ns = monotonic_ns();
+        if !matches!(self.phase, VmPhase::Ready | VmPhase::Paused) {
+            let why = format!("the VM is {:?}: only one that is ready can be forked", self.phase);
+            return Ok(Err(Refusal::new(409, why)));
+        }
+        let pipes = report_pipes(specs.len());
+        let mut clock = PauseClock::start();
+        let quiesced = match self.quiesce(&mut clock) {
+            Ok(quiesced) => quiesced,
+            Err(error) => {
+                self.go_on();
+                let why = format!("the VM cannot be forked now: {error}");
+                return Ok(Err(Refusal::new(500, why)));
+            }
+        };
+        let delivered = match fork_all(&quiesced, specs, pipes, destiny, requested_ns) {
+            Forked::Child(birth) => return Ok(Ok(Flow::Child(birth))),
+            Forked::Source(delivered) => delivered,
+        };
+        clock.forked();
+        self.go_on();
+        let pause = clock.stop();
+        let form = match destiny {
+            Destiny::Vm => AnswerAs::Fork,
+            Destiny::Zygote => AnswerAs::Zygote,
+        };
+        let offspring = &mut self.control.offspring;
+        let batch = offspring.open_batch(request, form, delivered.len());
+        offspring.set_source_pause(batch, pause);
+        offspring.adopt_all(&self.control.reactor, batch, delivered);
+        Ok(Ok(Flow::Go))
+    }
+
+    /// Lets the vCPUs go on, unless the VM is paused by request.
+    fn go_on(&self) {
+        if self.phase != VmPhase::Paused {
+            self.engine.vcpus.resume();
+        }
+    }
+
+    fn quiesce(&mut self, clock: &mut PauseClock) -> Result<Quiesced, VmmError> {
+        self.engine.quiesce(clock)
+    }
+}
+
+/// Firecracker's instance info.
+pub fn instance_info(id: &str, state: &str) -> InstanceInfo {
+    InstanceInfo {
+        app_name: "forkd".to_owned(),
+        id: id.to_owned(),
+        state: state.to_owned(),
+        vmm_version: env!("CARGO_PKG_VERSION").to_owned(),
+    }
+}

@@ -1,0 +1,147 @@
+//! The role of a zygote: a forked VM process that never runs, and is forked again for each child.
+//!
+//! It has no KVM VM and no thread but this one, so it stands still by nature.
+
+#![allow(unsafe_code)]
+
+use std::io;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use forkd_api::http::Request;
+use forkd_api::server::RequestId;
+use forkd_api::types::{Action, ChildSpec, Timing, VmInfo, VmPhase, VmRecord};
+use forkd_sys::clock::monotonic_ns;
+
+use crate::control::{Control, Handled};
+use crate::fork::offspring::AnswerAs;
+use crate::fork::{Birth, Destiny, Forked, Quiesced, SavedKvm, child, fork_all, report_pipes};
+use crate::machine::Machine;
+use crate::process::{Next, VmmError};
+use crate::requests::{Refusal, VmmAction};
+use crate::run_dir::RunDir;
+use crate::running::instance_info;
+
+enum Flow {
+    Go,
+    Exit,
+    Child(Box<Birth>),
+}
+
+/// A zygote.
+pub struct Zygote {
+    pub(crate) control: Control,
+    pub(crate) machine: Machine,
+    pub(crate) saved: Arc<SavedKvm>,
+    pub(crate) dir: RunDir,
+    pub(crate) record: VmRecord,
+    pub(crate) timing: Timing,
+}
+
+impl Zygote {
+    /// Serves until it is told to end, or until this process turns out to be a child of it.
+    ///
+    /// # Errors
+    /// The loop itself fails. The run directory is removed then as well.
+    pub fn serve(mut self: Box<Self>) -> Result<Next, VmmError> {
+        match self.event_loop() {
+            Ok(Flow::Child(birth)) => {
+                let Self { control, machine, dir, record, .. } = *self;
+                drop((control, dir));
+                let inherited = child::Inherited::from_zygote(machine, record);
+                Ok(Next::Child(birth, Box::new(inherited)))
+            }
+            Ok(_) => {
+                self.dir.remove()?;
+                Ok(Next::Exit(ExitCode::SUCCESS))
+            }
+            Err(error) => {
+                self.dir.remove()?;
+                Err(VmmError::Setup("the event loop failed", error))
+            }
+        }
+    }
+
+    fn event_loop(&mut self) -> io::Result<Flow> {
+        let mut events = Vec::new();
+        loop {
+            let timeout = self.control.offspring.next_deadline();
+            self.control.reactor.wait(&mut events, timeout)?;
+            for readiness in events.drain(..) {
+                let flow = match self.control.handle(readiness)? {
+                    None | Some(Handled::Nothing) => Flow::Go,
+                    Some(Handled::Terminate) => Flow::Exit,
+                    Some(Handled::Requests(requests)) => self.on_requests(requests)?,
+                };
+                if !matches!(flow, Flow::Go) {
+                    return Ok(flow);
+                }
+            }
+            self.control.answer_forks()?;
+        }
+    }
+
+    fn on_requests(&mut self, requests: Vec<(RequestId, Request)>) -> io::Result<Flow> {
+        for (id, request) in requests {
+            let outcome = match VmmAction::parse(&request) {
+                Ok(action) => self.act(id, action)?,
+                Err(refusal) => Err(refusal),
+            };
+            match outcome {
+                Ok(Flow::Go) => {}
+                Ok(other) => return Ok(other),
+                Err(Refusal { status, message }) => {
+                    self.control.answer_fault(id, status, message)?;
+                }
+            }
+        }
+        Ok(Flow::Go)
+    }
+
+    fn act(&mut self, id: RequestId, action: VmmAction) -> io::Result<Result<Flow, Refusal>> {
+        match action {
+            VmmAction::InstanceInfo => {
+                self.control.answer(id, 200, &instance_info(&self.record.id, "Paused"))?;
+            }
+            VmmAction::VmInfo | VmmAction::WaitReady(_) => {
+                let info = VmInfo {
+                    record: self.record.clone(),
+                    phase: VmPhase::Zygote,
+                    error: None,
+                    timing: self.timing,
+                };
+                self.control.answer(id, 200, &info)?;
+            }
+            VmmAction::Metrics => {
+                let metrics = self.machine.metrics(None);
+                self.control.answer(id, 200, &metrics)?;
+            }
+            VmmAction::Fork(request) => return self.fork(id, request.children).map(Ok),
+            VmmAction::Act(Action::Stop) => {
+                self.control.answer_empty(id)?;
+                return Ok(Ok(Flow::Exit));
+            }
+            VmmAction::Zygote(_) | VmmAction::SetState(_) | VmmAction::Act(_) => {
+                let why = "this is a zygote: it never runs; fork it, and ask the child";
+                return Ok(Err(Refusal::new(409, why)));
+            }
+        }
+        Ok(Ok(Flow::Go))
+    }
+
+    fn fork(&mut self, request: RequestId, specs: Vec<ChildSpec>) -> io::Result<Flow> {
+        let requested_ns = monotonic_ns();
+        let pipes = report_pipes(specs.len());
+        // SAFETY: this process has one thread, which is here and holds no lock.
+        let quiesced = unsafe { Quiesced::vouch(Arc::clone(&self.saved)) };
+        match fork_all(&quiesced, specs, pipes, Destiny::Vm, requested_ns) {
+            Forked::Child(birth) => Ok(Flow::Child(birth)),
+            Forked::Source(delivered) => {
+                let offspring = &mut self.control.offspring;
+                let batch = offspring.open_batch(request, AnswerAs::Fork, delivered.len());
+                offspring.adopt_all(&self.control.reactor, batch, delivered);
+                Ok(Flow::Go)
+            }
+        }
+    }
+}

@@ -286,11 +286,6 @@ impl Drop for Vm {
 pub struct IrqLine(Arc<RwLock<Option<Arc<VmFd>>>>);
 
 impl IrqLine {
-    /// A line without a VM, until one takes it over by [`Vm::adopt`].
-    pub fn unconnected() -> Self {
-        Self(Arc::new(RwLock::new(None)))
-    }
-
     /// A line of no VM yet: raising an interrupt fails until a VM adopts it ([`Vm::adopt`]).
     #[must_use]
     pub fn unconnected() -> Self {

@@ -1,0 +1,58 @@
+//! `forkd vm`: the VM process. Not for people: `forkd snapshot create` and others start it.
+
+use std::io::{Read, Write};
+use std::process::ExitCode;
+
+use forkd_api::types::{Fault, VmConfig};
+
+use crate::{cleanup, output};
+
+/// Most bytes of a configuration.
+const MAX_CONFIG: u64 = 1 << 20;
+
+/// The VM process: reads its configuration as JSON on standard input
+#[derive(Debug, clap::Args)]
+#[command(hide = true)]
+pub struct Args {
+    /// Shown in process lists; the configuration decides
+    #[arg(long)]
+    id: Option<String>,
+}
+
+/// Runs the VM process to its end. Nothing in this process has made a thread yet.
+pub fn run() -> ExitCode {
+    match configure() {
+        Ok(config) => match forkd_vmm::run_vm(config) {
+            Ok(code) => code,
+            Err(error) => {
+                // By now standard error is the VM's log.
+                output::note(&format!("forkd vm: {error}"));
+                ExitCode::FAILURE
+            }
+        },
+        Err(message) => {
+            refuse(message);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn configure() -> Result<VmConfig, String> {
+    cleanup::unblock_signals().map_err(|e| format!("cannot unblock signals: {e}"))?;
+    let mut text = Vec::new();
+    std::io::stdin()
+        .take(MAX_CONFIG)
+        .read_to_end(&mut text)
+        .map_err(|e| format!("cannot read the configuration from standard input: {e}"))?;
+    serde_json::from_slice(&text)
+        .map_err(|e| format!("the configuration on standard input is not understood: {e}"))
+}
+
+/// Says why there will be no VM, in the form that `run_vm` would have used.
+fn refuse(fault_message: String) {
+    if let Ok(mut line) = serde_json::to_vec(&Fault { fault_message }) {
+        line.push(b'\n');
+        // A caller that does not listen can't be told.
+        let _ = std::io::stdout().write_all(&line);
+    }
+}

@@ -26,7 +26,7 @@ pub mod vsock;
 #[cfg(any(test, feature = "test-support"))]
 pub mod testing;
 
-#[cfg(feature = "fuzzing")]
+#[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzzing;
 
 use serde::{Deserialize, Serialize};

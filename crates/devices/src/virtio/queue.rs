@@ -4,7 +4,7 @@
 //! the queue is ready, checks on everything that is read from the guest, the interrupt suppression of
 //! both kinds, and a saved form.
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -243,6 +243,26 @@ impl VirtQueue {
     /// A ring cannot be read or written.
     pub fn rearm(&mut self, mem: &Memory) -> Result<bool, QueueError> {
         Ok(self.ring()?.enable_notification(mem)?)
+    }
+
+    /// Asks the guest to notify as soon as it offers more chains than `offered` (modulo 2^16), however many
+    /// were popped of those. The caller then looks whether it has already.
+    ///
+    /// # Errors
+    /// The used ring cannot be written.
+    pub fn notify_after(&mut self, mem: &Memory, offered: u16) -> Result<(), QueueError> {
+        let (used, size) = (self.used, u64::from(self.size));
+        let ring = self.ring()?;
+        let (address, value) = if ring.event_idx_enabled() {
+            // avail_event, behind flags, index and entries (virtio 1.2, section 2.7.8).
+            (used + 4 + 8 * size, offered)
+        } else {
+            (used, 0)
+        };
+        mem.store(value.to_le(), GuestAddress(address), Ordering::Relaxed)
+            .map_err(virtio_queue::Error::GuestMemory)?;
+        fence(Ordering::SeqCst);
+        Ok(())
     }
 
     /// Tells the guest that it need not notify for now.

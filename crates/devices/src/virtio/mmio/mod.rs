@@ -60,8 +60,8 @@ pub trait Transport: Send + Sync {
     /// Replaces interrupt and doorbell: for the child of a fork, before its vCPUs run.
     fn rewire(&self, interrupt: Arc<dyn Interrupt>, doorbell: Arc<dyn Doorbell>);
 
-    /// After a fork or a restore: rings for work that was pending, and repeats an interrupt that the guest
-    /// has not acknowledged. Both are harmless if nothing was lost.
+    /// After a fork or a restore: has all queues looked at, and repeats an interrupt that the guest has not
+    /// acknowledged. Both are harmless if nothing was lost.
     fn resume(&self);
 
     /// Registers, queues and device, for a durable snapshot. The vCPUs must be parked.
@@ -136,6 +136,11 @@ fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// The bit of queue `index`; none for a number out of the word.
+fn queue_bit(index: usize) -> u64 {
+    u32::try_from(index).ok().and_then(|n| 1u64.checked_shl(n)).unwrap_or(0)
+}
+
 fn all_queues(count: usize) -> u64 {
     u64::MAX.checked_shr(64u32.saturating_sub(count as u32)).unwrap_or(0)
 }
@@ -184,25 +189,38 @@ impl<D: VirtioDevice + 'static> MmioTransport<D> {
         Arc::new(Mutex::new(Front::new(Arc::clone(&self.shared), Arc::clone(&self.core))))
     }
 
+    /// Rings the doorbell: there is work for the event loop.
+    pub fn ring(&self) {
+        self.shared.ring();
+    }
+
+    /// Has queue `index` processed, as if the guest had notified it.
+    pub fn notify(&self, index: usize) {
+        self.shared.mark_pending(queue_bit(index));
+    }
+
     /// Calls `f` with the device alone, whatever its status.
     pub fn with_device<T>(&self, f: impl FnOnce(&mut D) -> T) -> T {
         f(&mut lock(&self.core).device)
     }
 
     /// Calls `f` with the device and, if the driver has it running, its queues; then interrupts the guest
-    /// if `f` used chains that it wants to hear of. A fault stops the device.
+    /// if `f` used chains that it wants to hear of. If `f` leaves work, queue `rest` is processed again
+    /// later; a fault stops the device.
     pub fn with_io<T>(
         &self,
-        f: impl FnOnce(&mut D, Option<&mut QueueIo<'_>>) -> Result<T, DeviceError>,
-    ) -> Option<T> {
+        rest: usize,
+        f: impl FnOnce(&mut D, Option<&mut QueueIo<'_>>) -> (T, Result<Progress, DeviceError>),
+    ) -> T {
         let mut core = lock(&self.core);
         let core = &mut *core;
-        if !core.running() {
-            return f(&mut core.device, None).ok();
-        }
+        let running = core.running();
         let mut io = QueueIo { mem: &core.mem, queues: &mut core.queues };
-        let result = f(&mut core.device, Some(&mut io));
-        core.finish(&self.shared, result)
+        let (value, result) = f(&mut core.device, running.then_some(&mut io));
+        if running && core.finish(&self.shared, result) == Some(Progress::More) {
+            self.shared.mark_pending(queue_bit(rest));
+        }
+        value
     }
 }
 
@@ -220,12 +238,16 @@ impl<D: VirtioDevice> Core<D> {
         let mut io = QueueIo { mem: &self.mem, queues: &mut self.queues };
         let result = self.device.process_queue(index, &mut io);
         if self.finish(shared, result) == Some(Progress::More) {
-            shared.mark_pending(1 << index);
+            shared.mark_pending(queue_bit(index));
         }
     }
 
     /// Interrupts the guest for used chains; turns an error into a stopped device.
-    fn finish<T>(&mut self, shared: &Shared, result: Result<T, DeviceError>) -> Option<T> {
+    fn finish(
+        &mut self,
+        shared: &Shared,
+        result: Result<Progress, DeviceError>,
+    ) -> Option<Progress> {
         let mut interrupt = false;
         let mut fault = None;
         for (index, queue) in self.queues.iter_mut().enumerate().filter(|(_, q)| q.ready()) {
@@ -268,6 +290,8 @@ impl<D: VirtioDevice> Core<D> {
         self.fault = None;
         shared.pending.store(0, Ordering::Release);
         shared.interrupt_status.store(0, Ordering::Release);
+        // The device may have closed things that the event loop still watches.
+        shared.ring();
     }
 }
 
@@ -299,9 +323,7 @@ impl<D: VirtioDevice + 'static> Transport for MmioTransport<D> {
     }
 
     fn resume(&self) {
-        if self.has_pending() {
-            self.shared.ring();
-        }
+        self.shared.mark_pending(all_queues(lock(&self.core).queues.len()));
         if self.shared.interrupt_status.load(Ordering::Acquire) != 0 {
             self.shared.interrupt.trigger();
         }

@@ -372,3 +372,22 @@ fn impossible_vms_are_refused_with_the_reason() {
     let text = Vm::new(&host, &[good, odd], 1).unwrap_err().to_string();
     assert!(text.starts_with("memory slot 7 (0x4000000 bytes at guest address 0x123)"), "{text}");
 }
+
+#[test]
+fn the_pvh_protocol_starts_in_32_bit_mode_without_paging() {
+    let host = Host::open().unwrap();
+    // mov eax, ebx; out 0xf4, eax; then, only right in 32-bit mode: inc eax; out; loop
+    let mut code = vec![0x89, 0xd8, 0xe7, 0xf4, 0x40, 0xe7, 0xf4];
+    code.extend(LOOP);
+    let ram = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 64 << 20)]).unwrap();
+    ram.write_slice(&code, GuestAddress(CODE)).unwrap();
+    let vm = Vm::new(&host, &[slot(&ram)], 1).unwrap();
+    let mut vcpu = vm.create_vcpu(0, &ram).unwrap();
+    vcpu.configure_boot(&BootEntry { protocol: Protocol::Pvh, rip: CODE }).unwrap();
+    let bus = Record::default();
+    run_until(&mut vcpu, &bus, 2);
+    let start_info = forkd_vm::layout::PVH_START_INFO as u32;
+    let expected =
+        [start_info, start_info + 1].map(|n| format!("out 0xf4 {:02x?}", n.to_le_bytes()));
+    assert_eq!(bus.seen(), expected);
+}

@@ -265,3 +265,75 @@ pub struct DriveConfig {
     /// Read-only, or with a private copy-on-write layer that forks with the VM.
     pub read_only: bool,
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde::de::DeserializeOwned;
+    use serde_json::json;
+
+    /// The value as JSON must be exactly this, and come back from it.
+    fn golden<T>(value: T, expected: serde_json::Value)
+    where
+        T: Serialize + DeserializeOwned + PartialEq + std::fmt::Debug,
+    {
+        assert_eq!(serde_json::to_value(&value).expect("encodes"), expected);
+        assert_eq!(serde_json::from_value::<T>(expected).expect("decodes"), value);
+    }
+
+    #[test]
+    fn what_firecrackers_clients_send_and_expect() {
+        golden(Action::SendCtrlAltDel, json!({"action_type": "SendCtrlAltDel"}));
+        golden(VmStateChange { state: DesiredState::Paused }, json!({"state": "Paused"}));
+        golden(VmStateChange { state: DesiredState::Resumed }, json!({"state": "Resumed"}));
+        golden(Fault { fault_message: "no".into() }, json!({"fault_message": "no"}));
+        let info = InstanceInfo {
+            app_name: "forkd".into(),
+            id: "vm-1".into(),
+            state: "Running".into(),
+            vmm_version: "0.1.0".into(),
+        };
+        let expected = json!({
+            "app_name": "forkd", "id": "vm-1", "state": "Running", "vmm_version": "0.1.0",
+        });
+        golden(info, expected);
+    }
+
+    #[test]
+    fn a_vms_record_is_part_of_its_info() {
+        let record = VmRecord {
+            id: "vm-1".into(),
+            name: "a".into(),
+            zygote: false,
+            pid: 7,
+            vcpus: 1,
+            mem_mib: 512,
+            image: "base".into(),
+            image_digest: "d".into(),
+            parent: None,
+            generation: 0,
+            created_unix_ms: 1,
+        };
+        let info = VmInfo { record, phase: VmPhase::Ready, error: None, timing: Timing::default() };
+        let value = serde_json::to_value(&info).expect("encodes");
+        assert_eq!((&value["id"], &value["phase"]), (&json!("vm-1"), &json!("ready")));
+        assert!(value.get("parent").is_none() && value.get("error").is_none());
+        assert_eq!(serde_json::from_value::<VmInfo>(value).expect("decodes"), info);
+    }
+
+    #[test]
+    fn misspelt_fields_are_refused_by_name() {
+        let refused = [
+            serde_json::from_value::<ForkRequest>(json!({"children": [], "n": 1})).map(drop),
+            serde_json::from_value::<ZygoteRequest>(json!({"tag": "a", "dir": "/", "x": 1}))
+                .map(drop),
+            serde_json::from_value::<VmStateChange>(json!({"state": "Paused", "x": 1})).map(drop),
+            serde_json::from_value::<VmStateChange>(json!({"state": "paused"})).map(drop),
+            serde_json::from_value::<Action>(json!({"action_type": "Explode"})).map(drop),
+        ];
+        for result in refused {
+            let text = result.expect_err("refused").to_string();
+            assert!(text.contains("unknown"), "{text}");
+        }
+    }
+}

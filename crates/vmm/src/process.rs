@@ -80,7 +80,7 @@ pub fn run_vm(config: VmConfig) -> Result<ExitCode, VmmError> {
         };
         role = match next {
             Next::Exit(code) => return Ok(code),
-            Next::Child(birth, inherited) => match child::be_born(birth, inherited) {
+            Next::Child(birth, inherited) => match child::be_born(*birth, *inherited) {
                 Ok(role) => role,
                 Err(stillborn) => {
                     stillborn.report();

@@ -117,10 +117,9 @@ impl Running {
         crate::machine::config::check(&config)?;
         let dir = RunDir::create(&config.dir)?;
         Self::boot_in(&dir, &config, requested_ns)
-            .map_err(|error| {
+            .inspect_err(|_| {
                 // The error at hand is the one to tell; a directory that stays is swept later.
                 let _ = std::fs::remove_dir_all(dir.path());
-                error
             })
             .map(|(control, machine, engine, link, record, timing)| {
                 let announce = Announce::Starter;
@@ -129,7 +128,6 @@ impl Running {
             })
     }
 
-    #[expect(clippy::type_complexity, reason = "parts of a Running, named where they are taken")]
     fn boot_in(
         dir: &RunDir,
         config: &VmConfig,
@@ -245,7 +243,7 @@ impl Running {
                 VcpuEvent::Reset | VcpuEvent::Shutdown => return Ok(self.guest_ended()),
                 VcpuEvent::Failed(index, error) => {
                     let why = format!("vCPU {index} cannot go on: {error}");
-                    eprintln!("forkd: {why}");
+                    crate::log::line(&why);
                     self.fail(why)?;
                 }
             }

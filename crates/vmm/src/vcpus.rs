@@ -279,7 +279,7 @@ impl VcpuSet {
 
 fn thread_main(slot: &Slot, bus: &dyn ExitBus, waker: &Waker) {
     if let Err(error) = forkd_sys::signal::block_all_but_kick() {
-        eprintln!("forkd: vCPU {} cannot block signals: {error}", slot.index);
+        crate::log::line(&format!("vCPU {} cannot block signals: {error}", slot.index));
     }
     loop {
         let mut control = slot.control();
@@ -322,7 +322,7 @@ fn thread_main(slot: &Slot, bus: &dyn ExitBus, waker: &Waker) {
 /// Tells the loop. An eventfd that can't be written to is broken beyond what this thread could mend.
 fn wake(waker: &Waker) {
     if let Err(error) = waker.wake() {
-        eprintln!("forkd: a vCPU cannot wake the event loop: {error}");
+        crate::log::line(&format!("a vCPU cannot wake the event loop: {error}"));
     }
 }
 

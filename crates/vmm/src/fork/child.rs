@@ -60,9 +60,9 @@ impl Stillborn {
 ///
 /// # Errors
 /// What could not be had, ready to be reported to the source.
-pub fn be_born(birth: Box<Birth>, inherited: Box<Inherited>) -> Result<Role, Box<Stillborn>> {
-    let Birth { spec, destiny, report, saved, mut timing } = *birth;
-    let Inherited { mut machine, foreign, source } = *inherited;
+pub fn be_born(birth: Birth, inherited: Inherited) -> Result<Role, Box<Stillborn>> {
+    let Birth { spec, destiny, report, saved, mut timing } = birth;
+    let Inherited { mut machine, foreign, source } = inherited;
     let record = VmRecord {
         id: spec.id.clone(),
         name: spec.name.clone(),

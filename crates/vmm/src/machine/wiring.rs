@@ -27,9 +27,9 @@ impl Interrupt for Gsi {
     fn trigger(&self) {
         match self.line.pulse(self.gsi) {
             // There is no VM yet: the transport repeats what the guest has not taken (`resume`).
-            Ok(()) | Err(VmError::Gone { .. }) => {}
-            Err(error) if self.complained.swap(true, Ordering::Relaxed) => drop(error),
-            Err(error) => eprintln!("forkd: interrupt {} is lost: {error}", self.gsi),
+            Ok(()) | Err(VmError::Unconnected { .. }) => {}
+            Err(_) if self.complained.swap(true, Ordering::Relaxed) => {}
+            Err(error) => crate::log::line(&format!("interrupt {} is lost: {error}", self.gsi)),
         }
     }
 }
@@ -40,7 +40,7 @@ struct LoopBell(Waker);
 impl Doorbell for LoopBell {
     fn ring(&self) {
         if let Err(error) = self.0.wake() {
-            eprintln!("forkd: a device cannot wake the event loop: {error}");
+            crate::log::line(&format!("a device cannot wake the event loop: {error}"));
         }
     }
 }

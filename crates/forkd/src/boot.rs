@@ -1,8 +1,8 @@
 //! Starting a VM process, and finding out why one died.
 //!
 //! `forkd vm` is started in a session of its own, so that it outlives this command and its terminal. It is
-//! given its configuration on standard input, and says in one line whether the vCPUs run. Until
-//! [`Booted::keep`] a guard kills it when this command fails or is interrupted.
+//! given its configuration on standard input, and says in one line whether the vCPUs run. A guard
+//! ends it when this command is through with it, fails or is interrupted.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -33,8 +33,6 @@ const LOG_TAIL: u64 = 64 << 10;
 pub struct Booted {
     /// The way to talk to it.
     pub client: VmClient,
-    /// Its process id.
-    pub pid: u32,
     logs: Logs,
     guard: Guard,
 }
@@ -60,7 +58,6 @@ pub fn start(config: &VmConfig) -> Result<Booted> {
         SpawnOptions { new_session: true, cwd: Some(PathBuf::from("/")), ..Default::default() };
     prepare(&mut command, options).context("cannot prepare the VM's process")?;
     let mut child = command.spawn().context("cannot start the VM's process")?;
-    let pid = child.id();
     let mut stdin = child.stdin.take().context("the VM's process has no standard input")?;
     let child = Arc::new(Mutex::new(child));
     let guard = Guard::new({
@@ -85,7 +82,7 @@ pub fn start(config: &VmConfig) -> Result<Booted> {
         console: File::open(client.console()).ok(),
         vmm: File::open(config.dir.join("vmm.log")).ok(),
     };
-    Ok(Booted { client, pid, logs, guard })
+    Ok(Booted { client, logs, guard })
 }
 
 /// `{"ok":true}`, or a fault.
@@ -160,12 +157,6 @@ impl Booted {
     /// Ends it and removes what it had.
     pub fn stop(self) {
         drop(self.guard);
-    }
-
-    /// Lets it live on.
-    pub fn keep(self) -> VmClient {
-        self.guard.disarm();
-        self.client
     }
 }
 

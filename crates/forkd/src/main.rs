@@ -6,7 +6,6 @@
 //!
 //! `forkd vm` is the VM process itself. It is dispatched before anything else happens here: it forks, so it
 //! must not inherit a thread.
-#![forbid(unsafe_code)]
 
 mod assets;
 mod boot;

@@ -22,25 +22,50 @@ impl ProcessMemory {
     /// # Errors
     /// No such process, or it belongs to someone else.
     pub fn of(pid: u32) -> Result<Self> {
-        let path = format!("/proc/{pid}/smaps_rollup");
-        let text = fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;
-        Ok(Self::parse(&text))
+        Ok(Self::parse(&rollup(pid)?))
     }
 
     fn parse(text: &str) -> Self {
-        let kib = |name: &str| {
-            text.lines()
-                .find_map(|l| {
-                    l.strip_prefix(name)?.strip_prefix(':')?.split_whitespace().next()?.parse().ok()
-                })
-                .map_or(0, |kib: u64| kib.saturating_mul(1024))
-        };
         Self {
-            rss: kib("Rss"),
-            pss: kib("Pss"),
-            uss: kib("Private_Clean").saturating_add(kib("Private_Dirty")),
+            rss: field(text, "Rss"),
+            pss: field(text, "Pss"),
+            uss: field(text, "Private_Clean").saturating_add(field(text, "Private_Dirty")),
         }
     }
+}
+
+/// Resident anonymous memory of a process by the size of its pages, in bytes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct Anonymous {
+    /// In transparent huge pages.
+    pub huge: u64,
+    /// In pages of 4 KiB.
+    pub small: u64,
+}
+
+impl Anonymous {
+    /// Measures a process.
+    ///
+    /// # Errors
+    /// As for [`ProcessMemory::of`].
+    pub fn of(pid: u32) -> Result<Self> {
+        let text = rollup(pid)?;
+        let huge = field(&text, "AnonHugePages");
+        Ok(Self { huge, small: field(&text, "Anonymous").saturating_sub(huge) })
+    }
+}
+
+fn rollup(pid: u32) -> Result<String> {
+    let path = format!("/proc/{pid}/smaps_rollup");
+    fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))
+}
+
+/// A field of the roll-up, in bytes; 0 if it is not there.
+fn field(text: &str, name: &str) -> u64 {
+    let value = |line: &str| -> Option<u64> {
+        line.strip_prefix(name)?.strip_prefix(':')?.split_whitespace().next()?.parse().ok()
+    };
+    text.lines().find_map(value).map_or(0, |kib| kib.saturating_mul(1024))
 }
 
 #[cfg(test)]

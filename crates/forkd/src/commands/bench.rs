@@ -1,9 +1,242 @@
-//! `forkd bench`.
+//! `forkd bench`: what forks cost on this host.
+
+mod measure;
+mod stats;
+
+use std::process::{Command, ExitCode, Stdio};
+
+use anyhow::{Context, Result, bail};
+use forkd_vm::Host;
+use serde::Serialize;
+
+use crate::cleanup::{self, Guard};
+use crate::cli::OutputArgs;
+use crate::commands::bench_floor::Floor;
+use crate::commands::image::{self, PYTHON};
+use crate::commands::snapshot::{Plan, Warm, create};
+use crate::paths::Paths;
+use crate::process_memory::Anonymous;
+use crate::progress::Step;
+use crate::registry::{self, Live};
+use crate::{id, output};
+
+use measure::Measures;
+use stats::{Samples, Summary};
+
+/// numpy in use, as the issue's measures want it: an array of 8 MiB that children inherit.
+const WARM: &str = "import numpy as np\ndata = np.arange(1 << 20, dtype=np.float64)\ndata.sum()\n";
+
+/// Measure what forks cost on this host
+///
+/// Boots and warms a VM, forks and branches it in many ways, and prints medians and 99th percentiles beside the
+/// floor: fork(2) of a process with as much resident memory, and making a KVM VM.
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Examples: forkd bench")]
-pub struct Args {}
+#[command(after_help = "Examples:
+  forkd bench
+  forkd bench --rounds 100 --json > bench.json
+  forkd bench --snapshot py --children 20")]
+pub struct Args {
+    /// Snapshot to fork; by default one is made for this, and removed
+    #[arg(long, value_name = "TAG")]
+    snapshot: Option<String>,
+    /// Image of the snapshot that is made
+    #[arg(long, default_value = PYTHON, conflicts_with = "snapshot")]
+    image: String,
+    /// Its RAM in MiB
+    #[arg(long, default_value_t = 512, value_name = "MIB", conflicts_with = "snapshot")]
+    mem: u64,
+    /// Its vCPUs
+    #[arg(long, default_value_t = 1, value_name = "N", conflicts_with = "snapshot")]
+    vcpus: u64,
+    /// How often each thing is measured
+    #[arg(long, default_value_t = 50, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    rounds: u32,
+    /// Children of the measure of many at once
+    #[arg(long, default_value_t = 100, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    children: u32,
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
+/// One measure, as told.
+#[derive(Debug, Serialize)]
+pub struct Row {
+    name: String,
+    unit: &'static str,
+    #[serde(flatten)]
+    summary: Summary,
+    /// p50 over the floor's p50.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ratio_to_floor: Option<f64>,
+    /// What p50 must reach on the PVM hosts that forkd is developed on.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    target: Option<&'static str>,
+}
+
+#[derive(Debug, Serialize)]
+struct Report {
+    kvm: &'static str,
+    kernel: String,
+    cpus: usize,
+    vcpus: u8,
+    mem_mib: u32,
+    resident: Anonymous,
+    rounds: u32,
+    measures: Vec<Row>,
+}
+
 impl Args {
-    pub fn run(self, _p: &crate::paths::Paths) -> anyhow::Result<std::process::ExitCode> {
-        Ok(std::process::ExitCode::SUCCESS)
+    /// Runs the verb.
+    ///
+    /// # Errors
+    /// Something could not be measured. What was made for it is gone.
+    pub fn run(self, paths: &Paths) -> Result<ExitCode> {
+        let quiet = self.output.json;
+        if self.snapshot.is_none() && self.image == PYTHON {
+            image::build(paths, &forkd_image::Recipe::python()?, Some(PYTHON), quiet)?;
+        }
+        cleanup::watch_signals().context("cannot watch signals")?;
+        let made = match &self.snapshot {
+            Some(_) => None,
+            None => Some(self.make_snapshot(paths)?),
+        };
+        let tag = self
+            .snapshot
+            .as_deref()
+            .or(made.as_ref().map(|(tag, _)| tag.as_str()))
+            .unwrap_or_default();
+        let source = registry::snapshot(paths, tag)?;
+        let report = self.measure(paths, &source)?;
+        drop(made);
+        if quiet {
+            output::json(&report)?;
+        } else {
+            report.print()?;
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+
+    /// Makes a snapshot that is removed with the guard.
+    fn make_snapshot(&self, paths: &Paths) -> Result<(String, Guard)> {
+        let tag = format!("bench-{}", id::new()?.trim_start_matches("vm-"));
+        create(
+            paths,
+            &Plan {
+                tag: tag.clone(),
+                image: self.image.clone(),
+                vcpus: self.vcpus,
+                mem_mib: self.mem,
+                warm: Some(Warm { name: "<bench>".to_string(), code: WARM.to_string() }),
+                disks: Vec::new(),
+                kernel: None,
+                cmdline: String::new(),
+                boot_timeout_s: 120,
+                quiet: self.output.json,
+            },
+        )?;
+        let live = registry::snapshot(paths, &tag)?;
+        let guard = Guard::new(move || {
+            if let Err(e) = live.client.stop(live.record.pid) {
+                output::note(&format!("forkd: {e:#}"));
+            }
+        });
+        Ok((tag, guard))
+    }
+
+    fn measure(&self, paths: &Paths, source: &Live) -> Result<Report> {
+        let record = &source.record;
+        let resident = Anonymous::of(record.pid)?;
+        let step = Step::begin("floor: fork(2) and a bare KVM VM", self.output.json);
+        let floor = self.floor(source, resident)?;
+        step.done("");
+        let measures =
+            Measures::take(paths, source, self.rounds, self.children as usize, self.output.json)?;
+        Ok(Report {
+            kvm: Host::open()?.flavour().name(),
+            kernel: rustix::system::uname().release().to_string_lossy().into_owned(),
+            cpus: std::thread::available_parallelism().map_or(0, usize::from),
+            vcpus: record.vcpus,
+            mem_mib: record.mem_mib,
+            resident,
+            rounds: self.rounds,
+            measures: rows(&floor, &measures),
+        })
+    }
+
+    fn floor(&self, source: &Live, resident: Anonymous) -> Result<Floor> {
+        let output = Command::new("/proc/self/exe")
+            .arg("bench-floor")
+            .args(["--mem", &source.record.mem_mib.to_string()])
+            .args(["--huge", &resident.huge.to_string()])
+            .args(["--small", &resident.small.to_string()])
+            .args(["--vcpus", &source.record.vcpus.to_string()])
+            .args(["--rounds", &self.rounds.to_string()])
+            .stdin(Stdio::null())
+            .stderr(Stdio::inherit())
+            .output()
+            .context("cannot start forkd bench-floor")?;
+        if !output.status.success() {
+            bail!("forkd bench-floor failed: {}", output.status);
+        }
+        serde_json::from_slice(&output.stdout).context("forkd bench-floor said something odd")
+    }
+}
+
+fn rows(floor: &Floor, measures: &Measures) -> Vec<Row> {
+    let ms = |ns: &[u64]| ns.iter().map(|n| *n as f64 / 1e6).collect::<Samples>();
+    let total = ms(&floor.total_ns);
+    let floor_p50 = total.summary().map(|s| s.p50);
+    let mut rows = Vec::new();
+    let mut add = |name: &str, unit, samples: &Samples, to_floor: bool, target| {
+        if let Some(summary) = samples.summary() {
+            let ratio_to_floor =
+                floor_p50.filter(|f| to_floor && *f > 0.0).map(|f| summary.p50 / f);
+            rows.push(Row { name: name.to_string(), unit, summary, ratio_to_floor, target });
+        }
+    };
+    add("floor: fork(2)", "ms", &ms(&floor.fork_ns), false, None);
+    add("floor: KVM VM", "ms", &ms(&floor.kvm_ns), false, None);
+    add("floor: both", "ms", &total, true, None);
+    add("source pause", "ms", &measures.pause_ms, true, Some("2 ms, p99 6 ms"));
+    add("fork to vCPUs running", "ms", &measures.running_ms, true, Some("2 x floor"));
+    add("fork to agent answering", "ms", &measures.ready_ms, true, None);
+    add("fork to eval answering", "ms", &measures.answer_ms, true, None);
+    add("branch to vCPUs running", "ms", &measures.branch_ms, true, None);
+    let many = format!("{} children to all answering", measures.many);
+    add(&many, "s", &measures.many_s, false, Some("8 s for 100"));
+    add("sustained", "children/s", &measures.per_second, false, None);
+    add("PSS before first eval", "MiB", &measures.pss_before, false, None);
+    add("PSS after first eval", "MiB", &measures.pss_after, false, None);
+    add("USS before first eval", "MiB", &measures.uss_before, false, Some("2 MiB"));
+    add("USS after first eval", "MiB", &measures.uss_after, false, Some("6 MiB"));
+    rows
+}
+
+impl Report {
+    fn print(&self) -> Result<()> {
+        output::line(&format!(
+            "{}, Linux {}, {} CPUs; guest: {} vCPU, {} MiB, resident {} in huge and {} in small pages",
+            self.kvm,
+            self.kernel,
+            self.cpus,
+            self.vcpus,
+            self.mem_mib,
+            output::bytes(self.resident.huge),
+            output::bytes(self.resident.small)
+        ))?;
+        let header = ["measure", "unit", "samples", "p50", "p99", "max", "x floor", "must reach"];
+        let cells = self.measures.iter().map(|row| {
+            vec![
+                row.name.clone(),
+                row.unit.to_string(),
+                row.summary.count.to_string(),
+                format!("{:.2}", row.summary.p50),
+                format!("{:.2}", row.summary.p99),
+                format!("{:.2}", row.summary.max),
+                row.ratio_to_floor.map_or("-".to_string(), |r| format!("{r:.2}")),
+                row.target.unwrap_or("-").to_string(),
+            ]
+        });
+        output::line(&output::table(&header, cells))
     }
 }

@@ -6,6 +6,7 @@
 #![deny(unsafe_code)]
 
 mod agent;
+mod boot;
 mod conn;
 mod crng;
 mod identity;
@@ -20,6 +21,7 @@ mod spawn;
 mod system;
 mod timers;
 mod users;
+mod vsock;
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -33,6 +35,9 @@ use crate::conn::Service;
 use crate::system::System;
 
 fn main() -> ExitCode {
+    if rustix::process::getpid().is_init() {
+        boot::run();
+    }
     let args: Vec<String> = std::env::args().skip(1).collect();
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     let result = match args.as_slice() {

@@ -107,6 +107,13 @@ impl Guest {
         Self { mem, front, queues: Vec::new() }
     }
 
+    /// Goes on where `other` stands, with the registers of `front`: the guest of a restored device.
+    pub fn adopt(&mut self, other: &mut Self, front: Arc<Mutex<dyn BusDevice>>) {
+        self.mem = other.mem.clone();
+        self.queues = std::mem::take(&mut other.queues);
+        self.front = front;
+    }
+
     /// Reads a register.
     pub fn read(&self, offset: u32) -> u32 {
         let mut bytes = [0; 4];

@@ -18,6 +18,8 @@ mod disk;
 mod layer;
 mod metrics;
 mod state;
+#[cfg(test)]
+mod tests;
 
 pub use device::{Block, BlockConfig};
 pub use disk::{Disk, DiskConfig, DiskError};

@@ -22,6 +22,8 @@
 
 mod registers;
 mod state;
+#[cfg(test)]
+mod tests;
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -167,6 +167,11 @@ impl Lobby {
         self.clients.contains_key(&id)
     }
 
+    #[cfg(test)]
+    pub(super) fn peek(&self, id: u32) -> Option<&UnixStream> {
+        self.clients.get(&id).map(Client::stream)
+    }
+
     pub(super) fn client(&mut self, id: u32) -> Option<&mut Client> {
         self.clients.get_mut(&id)
     }

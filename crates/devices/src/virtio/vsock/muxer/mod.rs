@@ -136,6 +136,14 @@ impl Muxer {
         self.listener_paused = false;
     }
 
+    /// All host sockets but the listener.
+    #[cfg(test)]
+    pub(super) fn streams(&mut self) -> impl Iterator<Item = &UnixStream> {
+        let ids: Vec<u32> = self.lobby.ids().collect();
+        let clients = ids.into_iter().filter_map(|id| self.lobby.peek(id));
+        self.connections.values().filter_map(Connection::stream).chain(clients)
+    }
+
     // ---- The table ----
 
     fn new_id(&mut self) -> u32 {

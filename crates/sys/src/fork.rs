@@ -183,18 +183,12 @@ impl AsFd for PidFd {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    /// Forks; the child runs `body`, which only makes system calls, and ends with what it returns.
-    fn fork_with(body: impl FnOnce() -> i32) -> Child {
-        // SAFETY: the child makes system calls and _exit, and takes no lock.
-        match unsafe { fork() }.expect("fork") {
-            Fork::Parent(child) => child,
-            Fork::Child => exit_now(body()),
-        }
-    }
+    use crate::testing::{fork_with, turn};
+    use std::os::fd::AsRawFd;
 
     #[test]
     fn exit_code_reaches_the_parent() {
+        let _turn = turn();
         let mut child = fork_with(|| 42);
         assert_eq!(child.wait().expect("wait").code(), Some(42));
         assert_eq!(child.try_wait().expect("again").and_then(|s| s.code()), Some(42));
@@ -203,6 +197,7 @@ mod tests {
 
     #[test]
     fn pidfd_kills_and_sees_the_end() {
+        let _turn = turn();
         let mut child = fork_with(|| {
             loop {
                 // SAFETY: pause only waits.
@@ -227,8 +222,8 @@ mod tests {
 
     #[test]
     fn the_child_keeps_only_what_it_lists() {
+        let _turn = turn();
         let (keep, drop) = (tempfile::tempfile().expect("a"), tempfile::tempfile().expect("b"));
-        use std::os::fd::AsRawFd;
         let (keep, drop) = (keep.as_raw_fd(), drop.as_raw_fd());
         let mut child = fork_with(|| {
             // SAFETY: the child uses no descriptor afterwards but by number, and drops none.

@@ -22,4 +22,7 @@ pub mod timer;
 pub mod unix_path;
 pub mod wake;
 
+#[cfg(test)]
+mod testing;
+
 pub use error::PathError;

@@ -102,9 +102,11 @@ fn try_flock(file: &File, operation: FlockOperation, path: &Path) -> Result<bool
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::{fork_with, turn};
 
     #[test]
     fn one_owner_at_a_time() {
+        let _turn = turn();
         let dir = tempfile::tempdir().expect("a directory");
         let path = dir.path().join("lock");
         assert!(!is_held(&path).expect("absent"));
@@ -117,7 +119,34 @@ mod tests {
     }
 
     #[test]
+    fn a_forked_child_shares_the_lock_until_it_drops_it() {
+        let _turn = turn();
+        use std::io::{Read, Write};
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("lock");
+        let lock = FileLock::try_exclusive(&path).expect("free");
+        let (mut go_reader, mut go) = std::io::pipe().expect("a pipe");
+        let (mut done, mut done_writer) = std::io::pipe().expect("a pipe");
+        let share = lock.file.try_clone().expect("a share");
+        let mut child = fork_with(|| {
+            // Close what is inherited, and keep only `share`.
+            drop(lock);
+            let waited = go_reader.read_exact(&mut [0]).is_ok();
+            drop(share);
+            let told = done_writer.write_all(&[1]).is_ok();
+            i32::from(!(waited && told))
+        });
+        assert!(is_held(&path).expect("probe"), "the child's share holds it");
+        assert!(matches!(FileLock::try_exclusive(&path), Err(LockError::Held(_))));
+        go.write_all(&[1]).expect("go");
+        done.read_exact(&mut [0]).expect("done");
+        assert!(!is_held(&path).expect("probe"), "the last share is gone");
+        assert_eq!(child.wait().expect("wait").code(), Some(0));
+    }
+
+    #[test]
     fn probers_do_not_disturb_an_owner() {
+        let _turn = turn();
         let dir = tempfile::tempdir().expect("a directory");
         let path = dir.path().join("lock");
         std::fs::write(&path, "").expect("a file");

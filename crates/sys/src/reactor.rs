@@ -224,6 +224,7 @@ impl Deadline {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::{fork_with, turn};
     use std::io::{Read, Write};
     use std::os::unix::net::UnixStream;
 
@@ -276,6 +277,30 @@ mod tests {
         let mut ready = Vec::new();
         reactor.wait(&mut ready, None).expect("wait");
         assert!(ready[0].hangup);
+    }
+
+    #[test]
+    fn a_child_that_rebuilds_leaves_its_parents_set_alone() {
+        let _turn = turn();
+        let (near, mut far) = UnixStream::pair().expect("a pair");
+        let mut reactor = Reactor::new().expect("a reactor");
+        reactor.add(&near, Token(1), Interest::READ).expect("add");
+        let mut ready = Vec::new();
+        let mut child = fork_with(|| {
+            let rebuilt = Reactor::new().and_then(|mut rebuilt| {
+                std::mem::swap(&mut reactor, &mut rebuilt);
+                drop(rebuilt);
+                reactor.add(&near, Token(2), Interest::WRITE)?;
+                reactor.wait(&mut ready, None)?;
+                reactor.remove(&near)
+            });
+            let right = rebuilt.is_ok() && ready.first().is_some_and(|r| r.token == Token(2));
+            i32::from(!right)
+        });
+        assert_eq!(child.wait().expect("wait").code(), Some(0));
+        far.write_all(b"x").expect("write");
+        reactor.wait(&mut ready, None).expect("wait");
+        assert_eq!((ready.len(), ready[0].token, ready[0].writable), (1, Token(1), false));
     }
 
     #[test]

@@ -122,6 +122,7 @@ fn check(result: libc::c_int) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::turn;
 
     fn output(options: SpawnOptions, script: &str) -> String {
         let mut command = Command::new("/bin/sh");
@@ -134,6 +135,7 @@ mod tests {
 
     #[test]
     fn session_group_and_directory() {
+        let _turn = turn();
         let ids = "cut -d' ' -f1,5,6 /proc/self/stat; echo $$; pwd";
         let options = SpawnOptions {
             new_session: true,
@@ -157,6 +159,7 @@ mod tests {
 
     #[test]
     fn user_and_groups() {
+        let _turn = turn();
         if !rustix::process::geteuid().is_root() {
             return;
         }
@@ -174,6 +177,7 @@ mod tests {
 
     #[test]
     fn failures_come_back_from_spawn() {
+        let _turn = turn();
         let mut command = Command::new("/bin/true");
         let options = SpawnOptions { cwd: Some("/nonexistent".into()), ..Default::default() };
         prepare(&mut command, options).expect("prepare");

@@ -360,10 +360,10 @@ fn long_queue_is_worked_off_in_turns() {
     let header = [0; 16];
     // One call moves 4 MiB; the queue holds more.
     let mut chains = 0;
-    while rig.guest.submit(0, &[&header], &[SLOT / 512 * 512, 1]).is_some() {
+    while rig.guest.submit(0, &[&header], &[SLOT - 1023]).is_some() {
         chains += 1;
     }
-    // A header of zeroes is a read of sector 0, of 80 KiB each.
+    // A header of zeroes is a read from sector 0, here of 79 KiB each, with the status in the same buffer.
     rig.guest.notify(0);
     rig.transport.process_pending();
     let first = std::iter::from_fn(|| rig.guest.take_used(0)).count();

@@ -127,7 +127,8 @@ fn misplaced_rings_stop_the_device() {
 
 #[test]
 fn rules_broken_at_run_time_stop_the_device_until_reset() {
-    let cases: [(&str, fn(&Guest)); 5] = [
+    type Break = fn(&Guest);
+    let cases: [(&str, Break); 5] = [
         ("index jumps", |g| g.mem.write_obj(200u16, GuestAddress(0x1002)).unwrap()),
         ("head out of range", |g| {
             g.mem.write_obj(64u16, GuestAddress(0x1004)).unwrap();
@@ -228,7 +229,8 @@ fn child_uses_its_own_interrupt_and_bell() {
     rig.guest.submit(0, &[], &[8]).unwrap();
     rig.guest.notify(0);
     rig.run();
-    (rig.interrupt.take(), rig.bell.take());
+    rig.interrupt.take();
+    rig.bell.take();
     let (interrupt, bell) = (Arc::new(Counter::default()), Arc::new(Counter::default()));
     rig.transport.rewire(interrupt.clone(), bell.clone());
     rig.transport.resume();

@@ -320,7 +320,7 @@ proptest! {
         let source = pattern(1 << 20);
         let (mut host_sent, mut guest_sent, mut forwarded) = (0, 0, 0u32);
         let (mut host_got, mut guest_got) = (Vec::new(), Vec::new());
-        let mut tail = vec![Step::GuestConsumes, Step::HostReads, Step::Pump].repeat(2000);
+        let mut tail = [Step::GuestConsumes, Step::HostReads, Step::Pump].repeat(2000);
         let mut steps = steps;
         let planned = steps.len();
         steps.append(&mut tail);

@@ -21,10 +21,12 @@ macro_rules! counters {
 }
 
 counters! {
-    /// `syscall` entries completed for user mode.
+    /// `syscall` entries finished by the breakpoint. Those by the trampoline leave no trace here.
     syscall,
-    /// Page faults let through to the guest's handler.
+    /// Page faults that the breakpoint let through to the guest's handler.
     real_pf,
+    /// Trampolines put in place.
+    trampoline,
     /// `int3`: #BP injected.
     int3,
     /// `clac`, `stac`.
@@ -49,11 +51,9 @@ counters! {
     integer,
     /// `xgetbv`, `xsetbv`, `rdtscp`, `rdpid` and other system instructions.
     system,
-    /// Handler's first instruction emulated here to step over the breakpoint.
-    step,
     /// Exceptions injected because a remedied instruction faulted.
     injected_fault,
-    /// Times that the breakpoint was (re)armed on a vCPU.
+    /// Times that the breakpoint was set, moved or removed on a vCPU.
     armed,
 }
 

@@ -4,8 +4,9 @@
 //! its front and the rest cut off, so that printing costs a constant factor and the newest output
 //! is always there. The file gets whole lines, or pieces of 1 KiB: one system call a line, not a byte.
 //!
-//! Clones are the same log. After fork(2) the child shares the file with its source until it calls
-//! [`ConsoleLog::reopen`], which it must before its guest prints.
+//! Clones are the same log. After fork(2) the file is the source's: a child that finds itself in another
+//! process than the one that opened it lets go of it, and holds what its guest prints until it has a file
+//! of its own ([`ConsoleLog::reopen`]).
 
 use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
@@ -31,6 +32,10 @@ pub struct ConsoleLog(Arc<Mutex<Inner>>);
 
 #[derive(Debug)]
 struct Inner {
+    /// The process that the file belongs to.
+    pid: u32,
+    /// This process has not opened its own file yet.
+    awaits_file: bool,
     file: Option<File>,
     file_len: u64,
     limit: u64,
@@ -57,6 +62,8 @@ impl ConsoleLog {
 
     fn with_file(file: Option<File>, limit: u64) -> Self {
         Self(Arc::new(Mutex::new(Inner {
+            pid: std::process::id(),
+            awaits_file: false,
             file,
             file_len: 0,
             limit: limit.max(MIN_FILE_LIMIT),
@@ -71,22 +78,23 @@ impl ConsoleLog {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Goes on in a new file at `path`, for the child of a fork: the source's file is left alone. What was
-    /// printed before the fork stays in memory only.
+    /// Goes on in a new file at `path`, for the child of a fork. What was printed before the fork stays in
+    /// memory only.
     ///
     /// # Errors
     /// That of opening the file; then the log has no file.
     pub fn reopen(&self, path: &Path) -> Result<(), PathError> {
         let mut inner = self.lock();
-        // The source writes these bytes, not we.
-        inner.pending.clear();
+        inner.let_go_of_the_sources();
+        inner.awaits_file = false;
         inner.file = None;
         inner.file_len = 0;
         inner.file = Some(open(path)?);
+        inner.write_pending();
         Ok(())
     }
 
-    /// The file's descriptor, if there is a file: a child of a fork keeps it until it reopens.
+    /// The file's descriptor: what the child of a fork keeps open until it has its own.
     pub fn raw_fd(&self) -> Option<std::os::fd::RawFd> {
         use std::os::fd::AsRawFd;
         self.lock().file.as_ref().map(File::as_raw_fd)
@@ -94,7 +102,9 @@ impl ConsoleLog {
 
     /// Writes an unfinished line to the file.
     pub fn flush(&self) {
-        self.lock().write_pending();
+        let mut inner = self.lock();
+        inner.let_go_of_the_sources();
+        inner.write_pending();
     }
 
     /// The newest output, at most [`TAIL_LEN`] bytes.
@@ -132,8 +142,26 @@ fn open(path: &Path) -> Result<File, PathError> {
 }
 
 impl Inner {
+    /// In the child of a fork: the file, and the line that was begun, are the source's.
+    fn let_go_of_the_sources(&mut self) {
+        let pid = std::process::id();
+        if self.pid != pid {
+            self.pid = pid;
+            self.awaits_file = self.file.take().is_some();
+            self.file_len = 0;
+            self.pending.clear();
+        }
+    }
+
     fn write_pending(&mut self) {
         if self.pending.is_empty() {
+            return;
+        }
+        if self.awaits_file {
+            // The newest are kept.
+            let excess = self.pending.len().saturating_sub(TAIL_LEN);
+            self.pending.drain(..excess);
+            self.lost += excess as u64;
             return;
         }
         let len = self.pending.len() as u64;
@@ -167,6 +195,7 @@ impl Inner {
 impl Write for ConsoleLog {
     fn write(&mut self, data: &[u8]) -> io::Result<usize> {
         let mut inner = self.lock();
+        inner.let_go_of_the_sources();
         for &byte in data {
             if inner.tail.len() == TAIL_LEN {
                 inner.tail.pop_front();
@@ -215,11 +244,30 @@ mod tests {
         let (a, b) = (dir.path().join("a"), dir.path().join("b"));
         let mut log = ConsoleLog::create(&a, 8192).unwrap();
         log.write_all(b"before\nunfinished").unwrap();
+        // As if forked: another process has opened the file.
+        log.lock().pid = 0;
+        log.write_all(b" line\nearly\n").unwrap();
+        assert_eq!(std::fs::read(&a).unwrap(), b"before\n", "it is the source's");
         log.reopen(&b).unwrap();
-        log.write_all(b" line\nafter\n").unwrap();
+        log.write_all(b"after\n").unwrap();
         assert_eq!(std::fs::read(&a).unwrap(), b"before\n");
-        assert_eq!(std::fs::read(&b).unwrap(), b" line\nafter\n");
-        assert_eq!(log.tail(), b"before\nunfinished line\nafter\n");
+        assert_eq!(std::fs::read(&b).unwrap(), b" line\nearly\nafter\n");
+        assert_eq!(log.tail(), b"before\nunfinished line\nearly\nafter\n");
+    }
+
+    #[test]
+    fn what_waits_for_a_file_is_bounded() {
+        let dir = tempfile::tempdir().unwrap();
+        let (a, b) = (dir.path().join("a"), dir.path().join("b"));
+        let mut log = ConsoleLog::create(&a, 1 << 20).unwrap();
+        log.lock().pid = 0;
+        for n in 0..20_000 {
+            log.write_all(format!("{n:09}\n").as_bytes()).unwrap();
+        }
+        assert!(log.lock().pending.len() <= TAIL_LEN);
+        log.reopen(&b).unwrap();
+        let text = std::fs::read_to_string(&b).unwrap();
+        assert!(text.len() <= TAIL_LEN && text.ends_with("000019999\n"));
     }
 
     #[test]

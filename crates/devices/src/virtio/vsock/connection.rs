@@ -435,6 +435,16 @@ impl Connection {
         }
     }
 
+    /// True if the guest knows of the connection, but does not, or not any more, count on it: it was only
+    /// asked, or one side has closed.
+    pub(super) fn is_ending(&self) -> bool {
+        match self.phase {
+            Phase::Requested { sent } => sent,
+            Phase::Established => false,
+            Phase::Closing | Phase::Finished => !self.orphan,
+        }
+    }
+
     /// Enters `Finished` if the host has shut both directions. Returns true if it did just now: the
     /// stream is of no more use.
     pub(super) fn finish_if_host_shut(&mut self) -> bool {

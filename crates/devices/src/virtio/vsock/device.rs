@@ -49,17 +49,19 @@ impl Vsock {
         self.muxer.metrics
     }
 
-    /// For the child of a fork: connections are gone, and the guest is to be told.
+    /// For the child of a fork: if connections were lost, the guest is to be told.
     pub(super) fn begin_child(&mut self) {
+        self.reset = self.reset_if_lost(self.muxer.has_established());
         self.muxer.begin_child();
         self.tx_blocked = false;
-        self.lose_connections();
     }
 
-    /// An event that was delivered and is not handled yet will do: nothing was connected since.
-    fn lose_connections(&mut self) {
-        if self.reset == ResetPhase::None {
-            self.reset = ResetPhase::Pending;
+    /// The phase after connections were lost. An event that was delivered and is not handled yet will do:
+    /// nothing was connected since.
+    fn reset_if_lost(&self, lost: bool) -> ResetPhase {
+        match self.reset {
+            ResetPhase::None if lost => ResetPhase::Pending,
+            phase => phase,
         }
     }
 
@@ -276,11 +278,11 @@ impl VirtioDevice for Vsock {
         DeviceState::Vsock(VsockState {
             guest_cid: GUEST_CID,
             next_host_port: self.muxer.next_host_port,
-            reset: self.reset,
+            reset: self.reset_if_lost(self.muxer.has_connections()),
         })
     }
 
-    /// Connections are not restored: the guest is told that they are gone.
+    /// Connections are not restored: the guest is told that they are gone, if there were any.
     fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
         let DeviceState::Vsock(state) = state else {
             return Err(RestoreError::WrongDevice { expected: "vsock", found: state.kind() });
@@ -293,7 +295,6 @@ impl VirtioDevice for Vsock {
         }
         self.muxer.next_host_port = state.next_host_port;
         self.reset = state.reset;
-        self.lose_connections();
         Ok(())
     }
 

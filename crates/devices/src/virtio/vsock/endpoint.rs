@@ -134,9 +134,9 @@ impl VsockEndpoint {
     }
 
     /// In the child of a fork, before its vCPUs run: drops every socket that was inherited, and listens
-    /// at `path` (a zygote nowhere). Clients are held until [`VsockEndpoint::set_gate`]. The guest is told
-    /// that its connections are gone; what is sent to it waits until it has handled that. Internal
-    /// ports stay. [`VsockEndpoint::register`] must follow, with the child's reactor.
+    /// at `path` (a zygote nowhere). Clients are held until [`VsockEndpoint::set_gate`]. If there were
+    /// connections, the guest is told that they are gone; what is sent to it waits until it has handled
+    /// that. Internal ports stay. [`VsockEndpoint::register`] must follow, with the child's reactor.
     ///
     /// # Errors
     /// That of binding; the rest is done even so.

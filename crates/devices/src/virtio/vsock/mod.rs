@@ -21,9 +21,10 @@
 //! refused with a line `ERR reason`. Internal connections pass.
 //!
 //! **Fork.** A child drops all sockets that it inherited, by closing them only: a shutdown would reach the
-//! source's. It then tells the guest by a TRANSPORT_RESET event, which ends the connections that the
-//! guest still believes in. Linux resets whatever is connected when it handles that event, so nothing
-//! new is sent to the guest before the guest has given the event's buffer back.
+//! source's. If there were established connections, it tells the guest by a TRANSPORT_RESET event,
+//! which ends them with an error (a RST would look like an end in good order). Linux resets whatever is
+//! connected when it handles that event, so nothing new is sent to the guest before the guest has given
+//! the event's buffer back. Without established connections there is no event, and nothing to wait for.
 //!
 //! Packets are parsed here and not with rust-vmm's virtio-vsock: that takes a payload in one piece only,
 //! while drivers may spread it over any number of buffers, and newer Linux does.

@@ -26,6 +26,6 @@ pub struct VsockState {
     /// Where the search for a free host port goes on. A port that an old connection of the guest used
     /// should not come again soon.
     pub next_host_port: u32,
-    /// Transport reset.
+    /// Transport reset: pending, if there were connections.
     pub reset: ResetPhase,
 }

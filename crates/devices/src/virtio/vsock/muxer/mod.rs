@@ -126,14 +126,29 @@ impl Muxer {
 
     /// For the child of a fork: drops all that was inherited. Sockets are closed and nothing more: a
     /// shutdown would be the source's, too. Clients that come later are held.
+    /// Connections that were ending anyway are ended by a RST; of others see [`Muxer::has_established`].
     pub(super) fn begin_child(&mut self) {
+        let mut rsts = std::mem::take(&mut self.rsts);
+        rsts.extend(self.connections.values().filter(|c| c.is_ending()).map(|c| c.ports));
         self.forget_connections();
+        self.rsts = rsts;
         self.lobby = Lobby::new();
         self.closed.clear();
         self.changed.clear();
         self.path = None;
         self.listener_registered = false;
         self.listener_paused = false;
+    }
+
+    /// True if there are connections that neither side has ended: a RST would look to the guest as if
+    /// they had been closed in good order.
+    pub(super) fn has_established(&self) -> bool {
+        self.connections.values().any(|c| c.phase == Phase::Established)
+    }
+
+    /// True if the guest may know of any connection.
+    pub(super) fn has_connections(&self) -> bool {
+        !self.connections.is_empty() || !self.rsts.is_empty()
     }
 
     /// All host sockets but the listener.

@@ -49,6 +49,7 @@ fn child_tells_the_guest_before_it_sends_anything() {
 fn event_waits_for_a_buffer() {
     for features in [0, EVENT_IDX] {
         let mut rig = Rig::with(features, 8);
+        let _old = rig.connect(1);
         rig.event_buffers = 0;
         // Use up all event buffers.
         for _ in 0..8 {
@@ -137,6 +138,28 @@ fn source_goes_on_as_if_nothing_had_happened() {
 }
 
 #[test]
+fn without_established_connections_there_is_nothing_to_wait_for() {
+    let mut rig = Rig::new();
+    // One was asked for, and one was closed by the host.
+    let (closed, _) = rig.connect(1);
+    drop(closed);
+    let _asked = rig.client(2);
+    rig.pump();
+    let asked = rig.inbox.drain(..).find(|p| p.header.op == op::REQUEST).unwrap();
+    rig.begin_child();
+    let _agent = rig.endpoint.connect_internal(3).unwrap();
+    rig.pump();
+    let mut packets: Vec<_> =
+        rig.inbox.drain(..).map(|p| (p.header.op, p.header.dst_port)).collect();
+    packets[..2].sort_unstable();
+    assert_eq!(packets, [(op::RST, 1), (op::RST, 2), (op::REQUEST, 3)]);
+    assert_eq!(rig.events, 0);
+    // The guest accepts what the source asked for.
+    rig.send(Conn::new(&asked.header).header(op::RESPONSE), &[]);
+    rig.recv_op(op::RST);
+}
+
+#[test]
 fn driver_that_starts_over_loses_its_connections() {
     let mut rig = Rig::new();
     let (mut client, _) = rig.connect(1);
@@ -154,7 +177,7 @@ fn restored_device_tells_the_guest_and_serves_it() {
     let (_client, old) = rig.connect(1);
     let state = rig.transport.save();
     let DeviceState::Vsock(saved) = state.device else { panic!("{state:?}") };
-    assert_eq!(saved.reset, ResetPhase::None);
+    assert_eq!(saved.reset, ResetPhase::Pending);
 
     let mut restored = Rig::with(0, 0);
     restored.guest.mem = rig.guest.mem.clone();

@@ -261,7 +261,8 @@ impl Agent {
     /// Answers the request as a whole.
     pub fn respond(&mut self, key: Key, mut response: Response) {
         let Some(conn) = self.conns.get_mut(key) else { return };
-        response.close |= !conn.keep_alive;
+        conn.keep_alive &= !response.close;
+        response.close = !conn.keep_alive;
         conn.out.raw(|out| response.encode(out));
         self.request_done(key);
     }

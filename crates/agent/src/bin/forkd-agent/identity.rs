@@ -59,7 +59,8 @@ impl Agent {
         }
         let waiting = if request.identity.is_some() { self.reseed_contexts() } else { Vec::new() };
         if waiting.is_empty() {
-            self.respond(key, Response::empty(204));
+            // Whoever sends it has no more to say: watching the connection would be work for nothing.
+            self.respond(key, Response::empty(204).closing());
             return;
         }
         let timer = self.timers.after(RESEED_LIMIT, Timer::InitDeadline(key));
@@ -105,7 +106,7 @@ impl Agent {
         let (conn, timer) = (pending.conn, pending.timer);
         self.pending_init = None;
         self.timers.cancel(timer);
-        self.respond(conn, Response::empty(204));
+        self.respond(conn, Response::empty(204).closing());
     }
 
     /// Interpreters have not reseeded in time: nothing may be served, so the notice fails.

@@ -1,7 +1,7 @@
 //! Guest RAM: layout, regions and backends.
 //!
 //! A guest's RAM is one range of this process's memory, [`GuestRam`]. Guest-physical addresses are
-//! laid over it in at most two regions ([`layout`]), around the hole that x86 keeps below 4 GiB for
+//! laid over it in at most two regions ([`layout()`]), around the hole that x86 keeps below 4 GiB for
 //! devices. Devices see it as `vm_memory::GuestMemoryMmap`, KVM as one memory slot per region.
 //!
 //! Forking a VM is fork(2) of its process: the child has the same RAM at the same addresses, and

@@ -36,6 +36,11 @@ impl VmClient {
         Self { dir: dir.to_path_buf(), who: who.to_string() }
     }
 
+    /// What users call it.
+    pub fn who(&self) -> &str {
+        &self.who
+    }
+
     /// Its run directory.
     pub fn dir(&self) -> &Path {
         &self.dir

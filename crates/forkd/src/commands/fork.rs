@@ -186,10 +186,10 @@ fn settle(spec: &ChildSpec, result: &ChildResult, wait: Option<Duration>) -> Chi
             Err(e) => child.error = Some(format!("{e:#}")),
         }
     }
-    if let (Some(error), Some(pid)) = (&mut child.error, child.pid) {
-        if let Err(e) = client.stop(pid) {
-            error.push_str(&format!("; and it can't be ended: {e:#}"));
-        }
+    if let (Some(error), Some(pid)) = (&mut child.error, child.pid)
+        && let Err(e) = client.stop(pid)
+    {
+        error.push_str(&format!("; and it can't be ended: {e:#}"));
     }
     child
 }

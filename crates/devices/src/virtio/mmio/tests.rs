@@ -327,6 +327,57 @@ proptest! {
     }
 }
 
+/// A vCPU that notifies only when it is asked to, and an event loop that sleeps when nothing is pending:
+/// neither may wait for the other for ever.
+#[test]
+fn no_wake_up_is_lost_between_vcpu_and_event_loop() {
+    use forkd_sys::reactor::wait_readable;
+    use forkd_sys::wake::Waker;
+    use std::sync::atomic::AtomicBool;
+    use std::time::Duration;
+
+    for event_idx in [false, true] {
+        let mem = memory();
+        let waker = Waker::new().unwrap();
+        let transport = MmioTransport::new(
+            Rng::new(),
+            mem.clone(),
+            Arc::new(Counter::default()),
+            Arc::new(waker.clone()),
+        );
+        let mut guest = Guest::new(mem, transport.front());
+        guest.start(if event_idx { EVENT_IDX } else { 0 });
+        let stop = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !stop.load(Ordering::Acquire) {
+                    // A minute is for ever.
+                    assert!(wait_readable(&waker, Some(Duration::from_secs(60))).unwrap());
+                    waker.drain().unwrap();
+                    transport.process_pending();
+                }
+            });
+            for n in 0..3000 {
+                let batch = 1 + n % 7;
+                for _ in 0..batch {
+                    guest.submit(0, &[], &[8]).unwrap();
+                }
+                std::sync::atomic::fence(Ordering::SeqCst);
+                guest.notify_if_wanted(0, batch, event_idx);
+                for _ in 0..batch {
+                    let begun = std::time::Instant::now();
+                    while guest.take_used(0).is_none() {
+                        assert!(begun.elapsed() < Duration::from_secs(60), "lost in batch {n}");
+                        std::thread::yield_now();
+                    }
+                }
+            }
+            stop.store(true, Ordering::Release);
+            waker.wake().unwrap();
+        });
+    }
+}
+
 #[test]
 fn pmem_tells_its_region_and_answers_flushes() {
     let mem = memory();

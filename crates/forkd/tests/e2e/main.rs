@@ -1,0 +1,62 @@
+//! forkd end to end: the real binary, on real guests.
+//!
+//! Booting and warming a guest takes half a minute where kernel mode is emulated, so one warm snapshot is made for all
+//! tests, and each test forks its own VMs of it. That is why this is one binary with a runner of its own ([`runner`]).
+//!
+//!     cargo test -p forkd --test e2e [-- [--list] [FILTER...]]
+//!
+//! | to | read |
+//! |---|---|
+//! | see what the tests share | [`fixture`], [`vm`], [`command`] |
+//! | see what must be gone at the end | [`leftovers`] |
+//! | add a test | a module of its subject, whose `TESTS` lists it with its deadline |
+#![forbid(unsafe_code)]
+#![allow(clippy::print_stdout)]
+
+mod bad_boots;
+mod bad_input;
+mod branch;
+mod cli;
+mod command;
+mod eval;
+mod exec;
+mod fixture;
+mod fork;
+mod identity;
+mod io_under_load;
+mod isolation;
+mod leftovers;
+mod lifecycle;
+mod memory;
+mod runner;
+mod simd;
+mod smp;
+mod vm;
+
+use std::process::ExitCode;
+
+/// All tests, in the order in which they run: first those that need no guest, last the guests that must not come up.
+fn tests() -> Vec<runner::Test> {
+    [
+        cli::WITHOUT_GUEST,
+        bad_input::TESTS,
+        cli::WITH_GUEST,
+        fork::TESTS,
+        isolation::TESTS,
+        identity::TESTS,
+        eval::TESTS,
+        exec::TESTS,
+        branch::TESTS,
+        simd::TESTS,
+        memory::TESTS,
+        io_under_load::TESTS,
+        lifecycle::TESTS,
+        smp::TESTS,
+        bad_boots::TESTS,
+    ]
+    .concat()
+}
+
+fn main() -> ExitCode {
+    runner::run(&tests())
+}

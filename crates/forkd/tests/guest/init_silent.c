@@ -1,0 +1,6 @@
+/* An agent that never answers. */
+#include <unistd.h>
+
+int main(void) {
+    for (;;) pause();
+}

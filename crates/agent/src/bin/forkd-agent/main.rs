@@ -1,7 +1,8 @@
 //! forkd-agent: PID 1 of a guest.
 //!
 //! `forkd-agent --listen-unix DIR` serves the same protocols on Unix sockets `DIR/49983` and
-//! `DIR/49999`, on any Linux machine, which it leaves as it is: for tests.
+//! `DIR/49999`, on any Linux machine, which it leaves as it is: for tests. It says `ready` on standard
+//! output once it listens.
 
 #![deny(unsafe_code)]
 
@@ -72,6 +73,7 @@ fn serve_unix(dir: &Path) -> io::Result<()> {
     let listeners =
         vec![listen(ENVD_PORT, Service::Envd)?, listen(INTERPRETER_PORT, Service::Interpreter)?];
     let mut agent = Agent::new(System::sandbox(PathBuf::from(dir)), listeners)?;
+    rustix::io::write(rustix::stdio::stdout(), b"ready\n")?;
     agent.run()?;
     agent.kill_processes(libc::SIGKILL);
     agent.kill_contexts(libc::SIGKILL);

@@ -49,7 +49,7 @@ fn main() {
     let begin = Instant::now();
     let mut machine = Machine::boot(&host, &config);
     machine.console.echo("  ");
-    machine.expect_mark(b'F', Duration::from_secs(120));
+    machine.expect_mark(b'F', Duration::from_secs(300));
     println!("init asks for a fork after {:.2} s", begin.elapsed().as_secs_f64());
 
     let mut vcpus = machine.park();

@@ -1,5 +1,5 @@
-//! A machine just large enough to boot the guest kernel: RAM, vCPU threads, a serial port, a reset port, and port
-//! 0xf4 by which the guest's init talks to the host.
+//! A machine just large enough to boot the guest kernel: RAM, vCPU threads, a serial port by which the guest's init
+//! talks to the host, and a reset port.
 
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -66,7 +66,7 @@ fn entry(out: &mut Vec<u8>, name: &str, mode: u32, data: &[u8]) {
 /// What the guest, or a vCPU, has to say.
 #[derive(Debug)]
 pub enum Event {
-    /// A byte on port 0xf4.
+    /// A line `@MARK x` on the console.
     Mark(u8),
     /// Reset by the i8042.
     Reset,
@@ -90,6 +90,13 @@ impl Console {
     /// Copies to standard error from now on, each line after `tag`.
     pub fn echo(&self, tag: &str) {
         *self.echo.lock().expect("console") = Some(tag.to_owned());
+    }
+
+    /// The mark in the last line, if that is one.
+    fn last_mark(&self) -> Option<u8> {
+        let text = self.text.lock().expect("console");
+        let line = text.trim_end().lines().next_back()?;
+        line.trim().strip_prefix("@MARK ")?.bytes().next()
     }
 
     /// The last line that starts with `@when `, as words.
@@ -174,13 +181,19 @@ impl ExitBus for Bus {
 
     fn pio_write(&self, port: u16, data: &[u8]) {
         match (port, data) {
-            (0xf4, [byte]) => self.tell(Event::Mark(*byte)),
             (0x64, [0xfe]) if !self.reset.swap(true, Ordering::SeqCst) => self.tell(Event::Reset),
             (_, [byte]) => {
                 if let Some(offset) = port.checked_sub(layout::SERIAL_PORT)
                     && offset < layout::SERIAL_PORTS
                 {
-                    let _ = self.serial.lock().expect("serial").write(offset as u8, *byte);
+                    let mut serial = self.serial.lock().expect("serial");
+                    let _ = serial.write(offset as u8, *byte);
+                    if offset == 0
+                        && *byte == b'\n'
+                        && let Some(mark) = serial.writer().last_mark()
+                    {
+                        self.tell(Event::Mark(mark));
+                    }
                 }
             }
             _ => {}

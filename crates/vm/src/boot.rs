@@ -122,6 +122,9 @@ pub enum BootError {
         /// First address beyond what it may occupy.
         limit: u64,
     },
+    /// The host gave no random bytes.
+    #[error("no random seed for the guest: {0}")]
+    Random(io::Error),
     /// The command line is too long.
     #[error("kernel command line: {len} bytes, at most {max} are allowed: \"{start}...\"")]
     CmdlineTooLong {
@@ -212,6 +215,9 @@ pub fn load(ram: &GuestMemoryMmap, args: &LoadArgs<'_>) -> Result<BootEntry, Boo
             let zero_page =
                 params::zero_page(len, initrd, &cmdline, loaded.setup_header.as_deref());
             write(ram, "boot params", layout::BOOT_PARAMS, &zero_page)?;
+            let mut seed = [0; params::RNG_SEED_LEN];
+            forkd_sys::random::fill(&mut seed).map_err(BootError::Random)?;
+            write(ram, "the random seed", layout::RNG_SEED, &params::rng_seed(&seed))?;
         }
         Protocol::Pvh => {
             let info = params::pvh_start_info(len, initrd);

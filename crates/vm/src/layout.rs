@@ -29,6 +29,8 @@ pub const BOOT_STACK: u64 = 0x8ff0;
 pub const BOOT_PML4: u64 = 0x9000;
 /// The kernel's command line.
 pub const CMDLINE: u64 = 0x20000;
+/// Seed of the kernel's random numbers, as a `setup_data` record.
+pub const RNG_SEED: u64 = 0x21000;
 /// Room for the command line with its NUL, in bytes. Linux on x86 keeps 2048 (`COMMAND_LINE_SIZE`).
 pub const CMDLINE_MAX: usize = 2048;
 

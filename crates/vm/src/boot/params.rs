@@ -17,7 +17,22 @@ mod zp {
     pub const CMDLINE: usize = 0x228;
     pub const ALIGNMENT: usize = 0x230;
     pub const CMDLINE_LEN: usize = 0x238;
+    pub const SETUP_DATA: usize = 0x250;
     pub const E820: usize = 0x2d0;
+}
+
+/// `SETUP_RNG_SEED` (Linux, arch/x86/include/uapi/asm/setup_data.h).
+const SETUP_RNG_SEED: u32 = 9;
+/// Bytes of a seed: what the kernel credits as fully seeded.
+pub const RNG_SEED_LEN: usize = 32;
+
+/// A seed for the kernel's random numbers, to lie at [`layout::RNG_SEED`]. The kernel wipes it once it is used.
+pub fn rng_seed(seed: &[u8; RNG_SEED_LEN]) -> Vec<u8> {
+    let mut record = 0u64.to_le_bytes().to_vec();
+    record.extend(SETUP_RNG_SEED.to_le_bytes());
+    record.extend((seed.len() as u32).to_le_bytes());
+    record.extend(seed);
+    record
 }
 
 /// Boot loader type "undefined".
@@ -36,6 +51,7 @@ pub fn zero_page(ram: u64, initrd: Initrd, cmdline: &[u8], setup_header: Option<
     }
     put(&mut page, zp::LOADER, &[LOADER_UNDEFINED]);
     put(&mut page, zp::ACPI_RSDP, &layout::ACPI_RSDP.to_le_bytes());
+    put(&mut page, zp::SETUP_DATA, &layout::RNG_SEED.to_le_bytes());
     put(&mut page, zp::CMDLINE, &(layout::CMDLINE as u32).to_le_bytes());
     if let Some((addr, len)) = initrd {
         // Both are below 4 GiB: the initramfs lies in the RAM below the MMIO hole.

@@ -12,6 +12,8 @@ mod system;
 #[cfg(test)]
 pub(super) mod testing;
 mod xsave;
+#[cfg(test)]
+mod xsave_tests;
 
 use iced_x86::{Instruction, Mnemonic};
 use kvm_bindings::{kvm_regs, kvm_sregs};

@@ -281,18 +281,10 @@ impl LinearMemory {
         if !std::arch::is_x86_feature_detected!("cmpxchg16b") {
             return Ok(None);
         }
-        let pointer = slice.ptr_guard_mut().as_ptr().cast();
+        let pointer = slice.ptr_guard_mut().as_ptr();
         // SAFETY: the CPU has the instruction; the slice is 16 bytes of RAM, aligned as checked (mappings are
         // page-aligned), mapped for as long as `self` is.
-        Ok(Some(unsafe {
-            std::arch::x86_64::cmpxchg16b(
-                pointer,
-                expected,
-                new,
-                Ordering::SeqCst,
-                Ordering::SeqCst,
-            )
-        }))
+        Ok(Some(unsafe { cmpxchg16b(pointer, expected, new) }))
     }
 
     /// Translates as the CPU itself does to read its own tables: in kernel mode, whoever runs.
@@ -351,4 +343,28 @@ fn fault(context: &Context, address: u64, access: Access, code: u32) -> Unreacha
         Access::Fetch => 0,
     };
     Unreachable::Fault(Exception::page_fault(address, code | user | kind))
+}
+
+/// `lock cmpxchg16b`, written out: the intrinsic falls back to a library call where it is not inlined.
+///
+/// # Safety
+///
+/// The CPU has the instruction, and `pointer` is valid for reads and writes of 16 bytes and a multiple of 16.
+unsafe fn cmpxchg16b(pointer: *mut u8, expected: u128, new: u128) -> u128 {
+    let (low, high): (u64, u64);
+    // SAFETY: as the caller promises. RBX is reserved by the compiler: it is swapped in and back.
+    unsafe {
+        std::arch::asm!(
+            "xchg {new_low}, rbx",
+            "lock cmpxchg16b [{pointer}]",
+            "mov rbx, {new_low}",
+            pointer = in(reg) pointer,
+            new_low = inout(reg) new as u64 => _,
+            in("rcx") (new >> 64) as u64,
+            inout("rax") expected as u64 => low,
+            inout("rdx") (expected >> 64) as u64 => high,
+            options(nostack),
+        );
+    }
+    (u128::from(high) << 64) | u128::from(low)
 }

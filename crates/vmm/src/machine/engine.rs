@@ -32,7 +32,9 @@ impl Engine {
         let (vm, mut vcpus) = create(machine, config.vcpus)?;
         timing.vm_created_ns = monotonic_ns();
         let virtio_slots: Vec<u8> = machine.virtio.iter().map(|d| d.slot).collect();
-        let cmdline = forkd_vm::cmdline::build(&machine.host, &config.cmdline);
+        // pmem comes up asynchronously: left to itself, the agent might find a scratch disk first.
+        let words = format!("forkd.root=/dev/pmem0 {}", config.cmdline);
+        let cmdline = forkd_vm::cmdline::build(&machine.host, &words);
         let args = boot::LoadArgs {
             kernel: &config.kernel,
             initrd: Some(&config.initrd),

@@ -225,3 +225,156 @@ fn crc32<M: Machine>(machine: &mut M, i: &Instruction) -> Result<(), Trap> {
     }
     operand::set_register(machine, i.op0_register(), u64::from(crc))
 }
+
+#[cfg(test)]
+mod tests {
+    use iced_x86::{Decoder, DecoderOptions};
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::pvm::emulate::testing::{Code, Mock, Native};
+
+    /// Name, encoding, and the status flags that the architecture defines.
+    #[rustfmt::skip]
+    const INSTRUCTIONS: &[(&str, &[u8], u64)] = &[
+        ("popcnt rax,rcx", &[0xf3, 0x48, 0x0f, 0xb8, 0xc1], STATUS),
+        ("popcnt eax,ecx", &[0xf3, 0x0f, 0xb8, 0xc1], STATUS),
+        ("popcnt ax,cx", &[0x66, 0xf3, 0x0f, 0xb8, 0xc1], STATUS),
+        ("popcnt r9,qword [rsi]", &[0xf3, 0x4c, 0x0f, 0xb8, 0x0e], STATUS),
+        ("popcnt r9d,dword [rsi+rdi*2+0x1]", &[0xf3, 0x44, 0x0f, 0xb8, 0x4c, 0x7e, 0x01], STATUS),
+        ("popcnt r9w,word [rsi]", &[0x66, 0xf3, 0x44, 0x0f, 0xb8, 0x0e], STATUS),
+        ("tzcnt rax,rcx", &[0xf3, 0x48, 0x0f, 0xbc, 0xc1], CF | ZF),
+        ("tzcnt eax,ecx", &[0xf3, 0x0f, 0xbc, 0xc1], CF | ZF),
+        ("tzcnt ax,cx", &[0x66, 0xf3, 0x0f, 0xbc, 0xc1], CF | ZF),
+        ("tzcnt rax,qword [rsi+0x4]", &[0xf3, 0x48, 0x0f, 0xbc, 0x46, 0x04], CF | ZF),
+        ("lzcnt rax,rcx", &[0xf3, 0x48, 0x0f, 0xbd, 0xc1], CF | ZF),
+        ("lzcnt eax,ecx", &[0xf3, 0x0f, 0xbd, 0xc1], CF | ZF),
+        ("lzcnt ax,cx", &[0x66, 0xf3, 0x0f, 0xbd, 0xc1], CF | ZF),
+        ("lzcnt r10d,dword [rsi]", &[0xf3, 0x44, 0x0f, 0xbd, 0x16], CF | ZF),
+        ("movbe rax,qword [rsi]", &[0x48, 0x0f, 0x38, 0xf0, 0x06], STATUS),
+        ("movbe eax,dword [rsi]", &[0x0f, 0x38, 0xf0, 0x06], STATUS),
+        ("movbe ax,word [rsi+0x3]", &[0x66, 0x0f, 0x38, 0xf0, 0x46, 0x03], STATUS),
+        ("movbe qword [rsi],rcx", &[0x48, 0x0f, 0x38, 0xf1, 0x0e], STATUS),
+        ("movbe dword [rsi],ecx", &[0x0f, 0x38, 0xf1, 0x0e], STATUS),
+        ("movbe word [rsi],cx", &[0x66, 0x0f, 0x38, 0xf1, 0x0e], STATUS),
+        ("crc32 rax,rcx", &[0xf2, 0x48, 0x0f, 0x38, 0xf1, 0xc1], STATUS),
+        ("crc32 eax,ecx", &[0xf2, 0x0f, 0x38, 0xf1, 0xc1], STATUS),
+        ("crc32 eax,cx", &[0x66, 0xf2, 0x0f, 0x38, 0xf1, 0xc1], STATUS),
+        ("crc32 eax,cl", &[0xf2, 0x0f, 0x38, 0xf0, 0xc1], STATUS),
+        ("crc32 ecx,ah", &[0xf2, 0x0f, 0x38, 0xf0, 0xcc], STATUS),
+        ("crc32 rax,qword [rsi]", &[0xf2, 0x48, 0x0f, 0x38, 0xf1, 0x06], STATUS),
+        ("crc32 eax,byte [rsi]", &[0xf2, 0x0f, 0x38, 0xf0, 0x06], STATUS),
+        ("adcx rax,rcx", &[0x66, 0x48, 0x0f, 0x38, 0xf6, 0xc1], STATUS),
+        ("adcx eax,ecx", &[0x66, 0x0f, 0x38, 0xf6, 0xc1], STATUS),
+        ("adcx rax,qword [rsi]", &[0x66, 0x48, 0x0f, 0x38, 0xf6, 0x06], STATUS),
+        ("adox rax,rcx", &[0xf3, 0x48, 0x0f, 0x38, 0xf6, 0xc1], STATUS),
+        ("adox eax,ecx", &[0xf3, 0x0f, 0x38, 0xf6, 0xc1], STATUS),
+        ("adox r8d,dword [rsi]", &[0xf3, 0x44, 0x0f, 0x38, 0xf6, 0x06], STATUS),
+        ("andn rax,rcx,rdx", &[0xc4, 0xe2, 0xf0, 0xf2, 0xc2], CF | ZF | SF | OF),
+        ("andn eax,ecx,edx", &[0xc4, 0xe2, 0x70, 0xf2, 0xc2], CF | ZF | SF | OF),
+        ("andn rax,rcx,qword [rsi]", &[0xc4, 0xe2, 0xf0, 0xf2, 0x06], CF | ZF | SF | OF),
+        ("bextr rax,rcx,rdx", &[0xc4, 0xe2, 0xe8, 0xf7, 0xc1], CF | ZF | OF),
+        ("bextr eax,ecx,edx", &[0xc4, 0xe2, 0x68, 0xf7, 0xc1], CF | ZF | OF),
+        ("blsi rax,rcx", &[0xc4, 0xe2, 0xf8, 0xf3, 0xd9], CF | ZF | SF | OF),
+        ("blsi eax,ecx", &[0xc4, 0xe2, 0x78, 0xf3, 0xd9], CF | ZF | SF | OF),
+        ("blsmsk rax,rcx", &[0xc4, 0xe2, 0xf8, 0xf3, 0xd1], CF | SF | OF | ZF),
+        ("blsmsk eax,ecx", &[0xc4, 0xe2, 0x78, 0xf3, 0xd1], CF | SF | OF | ZF),
+        ("blsr rax,rcx", &[0xc4, 0xe2, 0xf8, 0xf3, 0xc9], CF | ZF | SF | OF),
+        ("blsr eax,ecx", &[0xc4, 0xe2, 0x78, 0xf3, 0xc9], CF | ZF | SF | OF),
+        ("bzhi rax,rcx,rdx", &[0xc4, 0xe2, 0xe8, 0xf5, 0xc1], CF | ZF | SF | OF),
+        ("bzhi eax,ecx,edx", &[0xc4, 0xe2, 0x68, 0xf5, 0xc1], CF | ZF | SF | OF),
+        ("pdep rax,rcx,rdx", &[0xc4, 0xe2, 0xf3, 0xf5, 0xc2], STATUS),
+        ("pdep eax,ecx,edx", &[0xc4, 0xe2, 0x73, 0xf5, 0xc2], STATUS),
+        ("pext rax,rcx,rdx", &[0xc4, 0xe2, 0xf2, 0xf5, 0xc2], STATUS),
+        ("pext eax,ecx,edx", &[0xc4, 0xe2, 0x72, 0xf5, 0xc2], STATUS),
+        ("rorx rax,rcx,0xd", &[0xc4, 0xe3, 0xfb, 0xf0, 0xc1, 0x0d], STATUS),
+        ("rorx eax,ecx,0x2d", &[0xc4, 0xe3, 0x7b, 0xf0, 0xc1, 0x2d], STATUS),
+        ("sarx rax,rcx,rdx", &[0xc4, 0xe2, 0xea, 0xf7, 0xc1], STATUS),
+        ("sarx eax,ecx,edx", &[0xc4, 0xe2, 0x6a, 0xf7, 0xc1], STATUS),
+        ("shlx rax,rcx,rdx", &[0xc4, 0xe2, 0xe9, 0xf7, 0xc1], STATUS),
+        ("shlx eax,ecx,edx", &[0xc4, 0xe2, 0x69, 0xf7, 0xc1], STATUS),
+        ("shrx rax,rcx,rdx", &[0xc4, 0xe2, 0xeb, 0xf7, 0xc1], STATUS),
+        ("shrx eax,dword [rsi],edx", &[0xc4, 0xe2, 0x6b, 0xf7, 0x06], STATUS),
+        ("mulx rax,rcx,r8", &[0xc4, 0xc2, 0xf3, 0xf6, 0xc0], STATUS),
+        ("mulx eax,ecx,r8d", &[0xc4, 0xc2, 0x73, 0xf6, 0xc0], STATUS),
+        ("mulx rax,rax,r8", &[0xc4, 0xc2, 0xfb, 0xf6, 0xc0], STATUS),
+        ("mulx eax,ecx,dword [rsi]", &[0xc4, 0xe2, 0x73, 0xf6, 0x06], STATUS),
+    ];
+
+    fn host_has(code: &[u8]) -> bool {
+        let i = Decoder::with_ip(64, code, 0, DecoderOptions::NONE).decode();
+        match i.mnemonic() {
+            Mnemonic::Popcnt => is_x86_feature_detected!("popcnt"),
+            Mnemonic::Lzcnt => is_x86_feature_detected!("lzcnt"),
+            Mnemonic::Movbe => is_x86_feature_detected!("movbe"),
+            Mnemonic::Crc32 => is_x86_feature_detected!("sse4.2"),
+            Mnemonic::Adcx | Mnemonic::Adox => is_x86_feature_detected!("adx"),
+            Mnemonic::Tzcnt
+            | Mnemonic::Andn
+            | Mnemonic::Bextr
+            | Mnemonic::Blsi
+            | Mnemonic::Blsmsk
+            | Mnemonic::Blsr => is_x86_feature_detected!("bmi1"),
+            _ => is_x86_feature_detected!("bmi2"),
+        }
+    }
+
+    /// Values at which these instructions change their mind, and any others.
+    fn value() -> impl Strategy<Value = u64> {
+        prop_oneof![
+            Just(0),
+            Just(1),
+            Just(u64::MAX),
+            Just(1 << 63),
+            Just(1 << 31),
+            0..300u64,
+            any::<u64>(),
+            any::<u64>().prop_map(|x| x << 32),
+            any::<u64>().prop_map(|x| x & 0xffff_0000),
+        ]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(512))]
+
+        #[test]
+        fn every_instruction_does_what_this_cpu_does(
+            values in proptest::array::uniform8(value()),
+            memory in proptest::array::uniform32(any::<u8>()),
+            flags in any::<u64>(),
+        ) {
+            for (name, code, defined) in INSTRUCTIONS.iter().filter(|(_, c, _)| host_has(c)) {
+                let mut real_memory = memory;
+                let base = real_memory.as_mut_ptr() as u64;
+                let mut mock = Mock::new(base, memory.to_vec());
+                let [rax, rcx, rdx, rbx, r8, r9, r10, r11] = values;
+                let r = &mut mock.regs;
+                (r.rax, r.rcx, r.rdx, r.rbx) = (rax, rcx, rdx, rbx);
+                (r.r8, r.r9, r.r10, r.r11, r.rsi, r.rdi) = (r8, r9, r10, r11, base, 3);
+                r.rflags = 0x202 | (flags & STATUS);
+                let mut native = Native::from(&mock.regs);
+                mock.run(code).unwrap();
+                // SAFETY: these instructions change general registers, flags and `real_memory` only.
+                unsafe { Code::new(code).run(&mut native) };
+                let mut emulated = Native::from(&mock.regs);
+                prop_assert_eq!(emulated.rflags & defined, native.rflags & defined, "{}", name);
+                prop_assert_eq!(emulated.rflags & !STATUS, 0x202, "{}", name);
+                (emulated.rflags, native.rflags) = (0, 0);
+                prop_assert_eq!(emulated, native, "{}", name);
+                prop_assert_eq!(&mock.memory[..], &real_memory[..], "{}", name);
+                prop_assert_eq!(mock.regs.rip, 0x1000 + code.len() as u64);
+            }
+        }
+    }
+
+    #[test]
+    fn a_fault_leaves_registers_as_they_were() {
+        let mut mock = Mock::new(0x5000, vec![0; 8]);
+        mock.regs.rsi = 0x5004;
+        mock.regs.rax = 7;
+        // popcnt rax, [rsi] reaches 4 bytes behind the memory's end.
+        let e = mock.exception(&[0xf3, 0x48, 0x0f, 0xb8, 0x06]);
+        assert_eq!((e.vector, e.cr2), (14, Some(0x5004)));
+        assert_eq!((mock.regs.rax, mock.regs.rip, mock.regs.rflags), (7, 0x1000, 2));
+    }
+}

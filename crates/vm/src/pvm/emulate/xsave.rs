@@ -94,7 +94,9 @@ pub(super) fn save<M: Machine>(machine: &mut M, i: &Instruction) -> Result<(), T
         return Err(Exception::UD.into());
     }
     let state = machine.xstate()?.clone();
-    let in_use = state.in_use();
+    // The compacted format has MXCSR with SSE alone, so a value of its own puts SSE in use.
+    let mxcsr_in_use = how == Save::Compacted && state.mxcsr() != MXCSR_DEFAULT;
+    let in_use = state.in_use() | if mxcsr_in_use { SSE } else { 0 };
     let written = if how == Save::All { asked } else { asked & in_use };
     let header = match how {
         Save::Compacted => {

@@ -10,7 +10,7 @@ mod wiring;
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -151,7 +151,8 @@ pub struct Machine {
     vmgenid: VmGenId,
     virtio: Vec<Slotted>,
     vsock: VsockEndpoint,
-    disks: Vec<File>,
+    /// Fds of the disks' base images.
+    disks: Vec<RawFd>,
 }
 
 impl std::fmt::Debug for Machine {
@@ -197,8 +198,8 @@ impl Machine {
         let vsock = VsockEndpoint::new(slots.add("vsock", Vsock::new())?);
         let mut disks = Vec::new();
         for (index, drive) in config.drives.iter().enumerate() {
-            let (disk, base) = open_disk(index, drive)?;
-            disks.extend(base);
+            let (disk, fd) = open_disk(index, drive)?;
+            disks.extend(fd);
             let id = format!("{}-{index}", config.id);
             slots.add(&format!("drive{index}"), Block::new(disk, &BlockConfig { id }))?;
         }
@@ -318,7 +319,7 @@ impl Machine {
     pub fn register_fds(&self, registry: &mut Registry) {
         registry.register_raw(self.host.kvm().as_raw_fd(), Disposition::Inherit, "kvm");
         for disk in &self.disks {
-            registry.register(disk, Disposition::Inherit, "disk");
+            registry.register_raw(*disk, Disposition::Inherit, "disk");
         }
         registry.register(self.wiring.waker(), Disposition::Reopen, "waker");
         if let Some(fd) = self.console.raw_fd() {
@@ -491,7 +492,8 @@ impl Slots<'_> {
     }
 }
 
-fn open_disk(index: usize, drive: &DriveConfig) -> Result<(Disk, Option<File>), MachineError> {
+/// A disk, and the fd that it keeps open for its base image.
+fn open_disk(index: usize, drive: &DriveConfig) -> Result<(Disk, Option<RawFd>), MachineError> {
     let open = |path: &PathBuf| {
         File::open(path).map_err(|source| MachineError::File {
             what: "disk image",
@@ -500,10 +502,9 @@ fn open_disk(index: usize, drive: &DriveConfig) -> Result<(Disk, Option<File>), 
         })
     };
     let base = drive.path.as_ref().map(open).transpose()?;
-    let keep = base.as_ref().map(File::try_clone).transpose();
-    let keep = keep.map_err(|e| MachineError::Io("cannot duplicate a disk's fd", e))?;
+    let fd = base.as_ref().map(AsRawFd::as_raw_fd);
     let size = drive.size_mib.map(|mib| u64::from(mib) << 20);
     let config = DiskConfig { base, size, read_only: drive.read_only, layer_quota: u64::MAX };
     let disk = Disk::new(config).map_err(|source| MachineError::Disk { index, source })?;
-    Ok((disk, keep))
+    Ok((disk, fd))
 }

@@ -1,5 +1,7 @@
 //! `process.Process` as a client sees it: an agent in test mode, real programs.
 
+#![allow(clippy::unwrap_used, reason = "these are tests, helpers included")]
+
 mod support;
 
 use std::collections::BTreeMap;

@@ -26,7 +26,7 @@ pub struct PendingInit {
 }
 
 fn fault(code: u16, message: impl Into<String>) -> Response {
-    Response::json(code, &InitFault { code, message: message.into() })
+    Response::json(code, &InitFault { code, message: message.into() }).closing()
 }
 
 impl Agent {

@@ -20,8 +20,11 @@ use crate::timers::TimerId;
 
 /// Content type of the answer: E2B's own.
 const LINES_TYPE: &str = "application/json";
-/// How long an interrupted execution may take to end before its interpreter is killed.
-const GRACE: Duration = Duration::from_secs(5);
+/// How long an interrupted execution may take to end before it is interrupted again: a program that
+/// was waiting in `os.system` for another one does not notice the first time.
+const GRACE: Duration = Duration::from_secs(1);
+/// How often it is interrupted before its interpreter is killed.
+const INTERRUPTS: u32 = 5;
 
 /// Most bytes kept of what an interpreter writes before it is ready, to say why it never was.
 const MAX_EARLY: usize = 2048;
@@ -49,7 +52,8 @@ pub struct Execution {
     deadline: Option<TimerId>,
     grace: Option<TimerId>,
     limit: Option<Duration>,
-    interrupted: bool,
+    /// How often it was interrupted.
+    interrupts: u32,
 }
 
 impl Request {
@@ -130,7 +134,7 @@ impl Agent {
             deadline,
             grace: None,
             limit: request.limit,
-            interrupted: false,
+            interrupts: 0,
         });
         self.tell(Some(request.conn), &Event::NumberOfExecutions { execution_count: count });
         self.send_to_python(key, frame);
@@ -237,7 +241,7 @@ impl Agent {
             }
             Answer::Raised(mut error) => {
                 let current = self.contexts.all.get(key).and_then(|c| c.current.as_ref());
-                let expired = current.filter(|e| e.interrupted).and_then(|e| e.limit);
+                let expired = current.filter(|e| e.interrupts > 0).and_then(|e| e.limit);
                 if let Some(limit) = expired
                     && error.name == "KeyboardInterrupt"
                 {
@@ -416,10 +420,8 @@ impl Agent {
         let (Some(execution), Some(python)) = (&mut context.current, &context.python) else {
             return;
         };
-        if execution.interrupted {
-            return;
-        }
-        execution.interrupted = true;
+        execution.interrupts += 1;
+        self.timers.cancel(execution.grace);
         let timer = Timer::ExecutionGrace(key, context.seq);
         execution.grace = self.timers.after(GRACE, timer);
         // Fails only if it has ended.
@@ -428,9 +430,13 @@ impl Agent {
 
     /// An interrupted execution goes on.
     pub fn execution_grace(&mut self, key: Key, seq: u64) {
-        let same = |c: &Context| c.seq == seq && c.current.is_some();
-        if self.contexts.all.get(key).is_some_and(same) {
-            self.kill_python(key, "it did not stop when interrupted");
+        let Some(context) = self.contexts.all.get(key).filter(|context| context.seq == seq) else {
+            return;
+        };
+        match &context.current {
+            Some(execution) if execution.interrupts < INTERRUPTS => self.interrupt(key),
+            Some(_) => self.kill_python(key, "it did not stop when interrupted"),
+            None => {}
         }
     }
 

@@ -368,3 +368,151 @@ unsafe fn cmpxchg16b(pointer: *mut u8, expected: u128, new: u128) -> u128 {
     }
     (u128::from(high) << 64) | u128::from(low)
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::pvm::testing::Tables;
+
+    fn fault_of<T: std::fmt::Debug>(result: Result<T, Unreachable>) -> (u64, u32) {
+        match result {
+            Err(Unreachable::Fault(e)) => (e.cr2.unwrap_or(0), e.error_code.unwrap_or(0)),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn rights_and_error_codes_are_those_of_the_architecture() {
+        let tables = Tables::new();
+        let memory = tables.memory();
+        let kernel = tables.context();
+        let user = Context { user: true, ..kernel };
+        let (rw, ro, none) = (Tables::USER, Tables::USER + 0x1000, Tables::USER + 0x3000);
+        let code = |c: &Context, address, access| fault_of(memory.translate(c, address, access));
+
+        assert_eq!(memory.translate(&user, rw + 5, Access::Write), Ok(Tables::USER_GPAS[0] + 5));
+        assert_eq!(code(&user, ro, Access::Write), (ro, 0b111));
+        assert_eq!(code(&kernel, ro, Access::Write), (ro, 0b011));
+        assert_eq!(code(&user, none + 1, Access::Read), (none + 1, 0b100));
+        assert_eq!(code(&kernel, none, Access::Write), (none, 0b010));
+        // NX; and the kernel's pages.
+        assert_eq!(code(&user, rw, Access::Fetch), (rw, 0b1_0101));
+        assert_eq!(code(&user, Tables::KERNEL, Access::Fetch), (Tables::KERNEL, 0b1_0101));
+        assert_eq!(code(&user, Tables::KERNEL, Access::Read), (Tables::KERNEL, 0b101));
+        let at = Tables::KERNEL + 0x1f_fff8;
+        assert_eq!(
+            memory.translate(&kernel, at, Access::Write),
+            Ok(Tables::KERNEL_GPA + 0x1f_fff8)
+        );
+        // Without write protection the kernel may write anywhere; with SMAP it needs AC.
+        let unprotected = Context { cr0: 0, ..kernel };
+        assert_eq!(memory.translate(&unprotected, ro, Access::Write), Ok(Tables::USER_GPAS[1]));
+        let smap = Context { cr4: cr::CR4_SMAP, ..kernel };
+        assert_eq!(code(&smap, rw, Access::Read), (rw, 0b001));
+        let stac = Context { rflags: RFLAGS_AC, ..smap };
+        assert!(memory.translate(&stac, rw, Access::Read).is_ok());
+        let smep = Context { cr4: cr::CR4_SMEP, ..kernel };
+        assert_eq!(code(&smep, ro, Access::Fetch), (ro, 0b1_0001));
+        // Not canonical.
+        let e = memory.translate(&kernel, 0x8000_0000_0000, Access::Read);
+        assert_eq!(e, Err(Unreachable::Fault(Exception::GP)));
+    }
+
+    #[test]
+    fn accessed_and_dirty_bits_are_set_as_by_a_cpu() {
+        let tables = Tables::new();
+        let memory = tables.memory();
+        let user = Context { user: true, ..tables.context() };
+        let bits = |index| tables.user_entry(index) & (pte::ACCESSED | pte::DIRTY);
+        memory.translate(&user, Tables::USER, Access::Read).unwrap();
+        assert_eq!((bits(0), bits(1)), (pte::ACCESSED, 0));
+        memory.translate(&user, Tables::USER, Access::Write).unwrap();
+        assert_eq!(bits(0), pte::ACCESSED | pte::DIRTY);
+        // A refused access leaves no trace.
+        assert!(memory.translate(&user, Tables::USER + 0x1000, Access::Write).is_err());
+        assert_eq!(bits(1), 0);
+    }
+
+    #[test]
+    fn a_write_that_faults_on_its_second_page_writes_nothing() {
+        let tables = Tables::new();
+        let memory = tables.memory();
+        let user = Context { user: true, ..tables.context() };
+        let end = Tables::USER + 0x1000;
+        let result = memory.write(&user, end - 8, &[0xaa; 16]);
+        assert_eq!(fault_of(result), (end, 0b111));
+        let mut data = [0; 8];
+        memory.read(&user, end - 8, Access::Read, &mut data).unwrap();
+        assert_eq!(data, [0; 8]);
+    }
+
+    #[test]
+    fn tables_that_lead_out_of_ram_are_no_panic() {
+        let tables = Tables::new();
+        tables.set_kernel_entry(0xffff_ffff_4000_0000, 0x00ff_ffff_f000 | pte::PRESENT);
+        let result =
+            tables.memory().translate(&tables.context(), 0xffff_ffff_4000_0000, Access::Read);
+        assert!(matches!(result, Err(Unreachable::NotRam { .. })), "{result:?}");
+        let lost = Context { cr3: 0x000f_ffff_ffff_f000, ..tables.context() };
+        assert!(matches!(
+            tables.memory().translate(&lost, 0, Access::Read),
+            Err(Unreachable::NotRam { .. })
+        ));
+    }
+
+    #[test]
+    fn compare_exchange_is_atomic_between_threads() {
+        let tables = Tables::new();
+        let context = tables.context();
+        let at = Tables::KERNEL + 0x40;
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..2000 {
+                        let mut seen = 0u128;
+                        // Both halves count: a torn update would part them.
+                        loop {
+                            let next = seen + 1 + (1u128 << 64);
+                            let found = tables
+                                .memory()
+                                .compare_exchange(&context, at, seen, next)
+                                .unwrap()
+                                .unwrap();
+                            if found == seen {
+                                break;
+                            }
+                            seen = found;
+                        }
+                    }
+                });
+            }
+        });
+        let mut data = [0; 16];
+        tables.memory().read(&context, at, Access::Read, &mut data).unwrap();
+        assert_eq!(u128::from_le_bytes(data), 8000 + (8000 << 64));
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_written_is_read_back_across_pages(
+            offset in 0u64..0x2000, data in proptest::collection::vec(any::<u8>(), 0..4096),
+        ) {
+            let tables = Tables::new();
+            let memory = tables.memory();
+            // The middle page is read-only, but not for a kernel without write protection.
+            let context = Context { cr0: 0, ..tables.context() };
+            let at = Tables::USER + offset;
+            let result = memory.write(&context, at, &data);
+            if offset + data.len() as u64 > 0x3000 {
+                prop_assert_eq!(fault_of(result).0, Tables::USER + 0x3000);
+                return Ok(());
+            }
+            result.unwrap();
+            let mut back = vec![0; data.len()];
+            memory.read(&context, at, Access::Read, &mut back).unwrap();
+            prop_assert_eq!(back, data);
+        }
+    }
+}

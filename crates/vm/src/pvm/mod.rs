@@ -29,6 +29,8 @@ mod linear;
 mod metrics;
 mod probe;
 mod state;
+#[cfg(test)]
+mod testing;
 mod trampoline;
 mod xstate;
 

@@ -182,3 +182,103 @@ fn reads_cr3(i: &Instruction) -> bool {
         && i.op1_kind() == OpKind::Register
         && i.op1_register() == Register::CR3
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pvm::testing::Tables;
+
+    const LSTAR: u64 = 0xffff_ffff_8180_0040;
+    const HANDLER: u64 = 0xffff_ffff_8180_0b30;
+
+    fn decode(at: u64, code: &[u8]) -> Vec<Instruction> {
+        Decoder::with_ip(64, code, at, DecoderOptions::NONE).into_iter().collect()
+    }
+
+    #[test]
+    fn the_code_is_what_the_module_says() {
+        let code = assemble(ADDRESS + 3 * SLOT, HANDLER, LSTAR);
+        assert!(code.len() as u64 <= SLOT);
+        let all = decode(ADDRESS + 3 * SLOT, &code);
+        let kinds: Vec<_> = all.iter().map(Instruction::mnemonic).collect();
+        use Mnemonic::{Cmp, Jmp, Jne, Mov, Test};
+        assert_eq!(kinds, [Cmp, Jne, Test, Jne, Mov, Jmp]);
+        assert_eq!(all[0].immediate32to64().cast_unsigned(), LSTAR);
+        assert_eq!((all[0].memory_base(), all[0].memory_displacement64()), (Register::RSP, 8));
+        assert_eq!(all[1].near_branch_target(), HANDLER);
+        // IF is bit 9 of RFLAGS, which lies at 24 in the frame.
+        assert_eq!((all[2].memory_displacement64(), all[2].immediate8()), (25, 2));
+        assert_eq!(all[3].near_branch_target(), HANDLER);
+        assert_eq!((all[4].op0_register(), all[4].memory_displacement64()), (Register::RSP, 32));
+        assert_eq!(all[5].near_branch_target(), LSTAR);
+    }
+
+    #[test]
+    fn it_is_mapped_once_below_the_kernels_table_and_nowhere_else() {
+        let tables = Tables::new();
+        let (memory, context) = (tables.memory(), tables.context());
+        assert!(memory.translate(&context, ADDRESS, Access::Fetch).is_err());
+        assert_eq!(map(memory, &context), Ok(true));
+        assert_eq!(memory.translate(&context, ADDRESS, Access::Fetch), Ok(CODE));
+        // Not for writing, and not for user mode.
+        let strict = Context { cr0: super::super::linear::cr::CR0_WP, ..context };
+        assert!(memory.translate(&strict, ADDRESS, Access::Write).is_err());
+        let user = Context { user: true, ..context };
+        assert!(memory.translate(&user, ADDRESS, Access::Fetch).is_err());
+        // The second time it is there already; a new kernel's tables get it again.
+        assert_eq!(map(memory, &context), Ok(true));
+        tables.clear_kernel_entry(ADDRESS);
+        assert_eq!(map(memory, &context), Ok(true));
+        assert_eq!(memory.translate(&context, ADDRESS, Access::Fetch), Ok(CODE));
+    }
+
+    #[test]
+    fn it_stays_away_from_what_is_in_use() {
+        let tables = Tables::new();
+        let (memory, context) = (tables.memory(), tables.context());
+        memory.write_physical(GPA + 100, &[1]).unwrap();
+        assert_eq!(map(memory, &context), Ok(false));
+        assert!(memory.translate(&context, ADDRESS, Access::Fetch).is_err());
+
+        let tables = Tables::new();
+        let (memory, context) = (tables.memory(), tables.context());
+        tables.set_kernel_entry(ADDRESS, 0x2);
+        assert_eq!(map(memory, &context), Ok(false), "an entry that is not zero");
+    }
+
+    #[test]
+    fn slots_are_used_up_one_by_one() {
+        let tables = Tables::new();
+        let memory = tables.memory();
+        for slot in 0..SLOTS {
+            assert_eq!(free_slot(memory), Ok(Some(slot * SLOT)));
+            let code = assemble(ADDRESS + slot * SLOT, HANDLER, LSTAR);
+            memory.write_physical(CODE + slot * SLOT, &code).unwrap();
+        }
+        assert_eq!(free_slot(memory), Ok(None));
+    }
+
+    #[test]
+    fn page_table_isolation_is_recognized() {
+        let tables = Tables::new();
+        let (memory, context) = (tables.memory(), tables.context());
+        let at = Tables::KERNEL + 0x100;
+        let check = |code: &[u8]| {
+            let mut page = code.to_vec();
+            page.resize(64, 0x90);
+            memory.write_physical(Tables::KERNEL_GPA + 0x100, &page).unwrap();
+            isolates_page_tables(memory, &context, at)
+        };
+        // swapgs; mov gs:[0x6014], rsp; mov rsp, cr3
+        let pti =
+            [0x0f, 0x01, 0xf8, 0x65, 0x48, 0x89, 0x24, 0x25, 0x14, 0x60, 0, 0, 0x0f, 0x20, 0xdc];
+        assert!(check(&pti));
+        // The same with a jump over it, as without isolation; then pushes and a call.
+        let mut plain = pti.to_vec();
+        plain.splice(12..12, [0xeb, 0x03]);
+        plain.extend([0x50, 0x51, 0xe8, 0, 0, 0, 0]);
+        assert!(!check(&plain));
+        // Where it cannot be told, it is assumed.
+        assert!(isolates_page_tables(memory, &context, 0xffff_ffff_0000_0000));
+    }
+}

@@ -169,7 +169,7 @@ fn input_waits_for_a_process_that_does_not_read() {
         client.send_input(selected.clone(), stdin(&sent)).unwrap();
         let mut input = client.stream_input(selected).unwrap();
         for _ in 0..32 {
-            input.send(stdin(&[b'y'; 1 << 16])).unwrap();
+            input.send(stdin(&vec![b'y'; 1 << 16])).unwrap();
         }
         input.finish().unwrap();
     });
@@ -188,7 +188,7 @@ fn input_to_a_process_that_ends_is_an_error() {
     request.stdin = Some(true);
     let stream = agent.processes().start(&request, &CallOptions::default()).unwrap();
     let selector = ProcessSelector::pid(stream.pid());
-    let big = [b"\n".as_slice(), &[b'x'; 1 << 20]].concat();
+    let big = [b"\n".as_slice(), &vec![b'x'; 1 << 20]].concat();
     let code = code_of(agent.processes().send_input(selector, stdin(&big)));
     assert_eq!(code, Code::FailedPrecondition);
     assert_eq!(follow(stream).code(), 0);

@@ -19,7 +19,7 @@ use guest::{Config, Event, Machine, Report};
 /// On PVM, where the guest's kernel mode is emulated, on a busy machine.
 const BOOT_LIMIT: Duration = Duration::from_secs(120);
 const LIMIT: Duration = Duration::from_secs(60);
-/// How long a child waits before it goes on: time that its guest must not notice.
+/// How long a child waits before it goes on, as one does whose snapshot is old.
 const ASLEEP: Duration = Duration::from_millis(1500);
 
 fn main() {
@@ -108,10 +108,6 @@ fn finish(machine: &Machine, who: &str) {
     let (before, after, end) =
         (before.number("mono_us"), after.number("mono_us"), end.number("mono_us"));
     assert!(before < after && after + 300_000 <= end, "{who}: {before} {after} {end}");
-    if who == "child" {
-        let gap = Duration::from_micros((after - before).unsigned_abs());
-        assert!(gap < ASLEEP, "the guest noticed {gap:?}");
-    }
     match machine.wait(LIMIT) {
         Ok(Event::Reset) => {}
         other => panic!("{who}: instead of a reset: {other:?}"),

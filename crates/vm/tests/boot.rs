@@ -17,8 +17,8 @@ use forkd_vm::boot::ElfEntry;
 use guest::{Config, Event, Machine, Report};
 
 /// On PVM, where the guest's kernel mode is emulated, on a busy machine.
-const BOOT_LIMIT: Duration = Duration::from_secs(120);
-const LIMIT: Duration = Duration::from_secs(60);
+const BOOT_LIMIT: Duration = Duration::from_secs(300);
+const LIMIT: Duration = Duration::from_secs(120);
 /// How long a child waits before it goes on, as one does whose snapshot is old.
 const ASLEEP: Duration = Duration::from_millis(1500);
 

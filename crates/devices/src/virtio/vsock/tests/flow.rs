@@ -37,6 +37,7 @@ fn guest_without_credit_is_asked_and_not_flooded() {
     let data = pattern(5000);
     client.write_all(&data).unwrap();
     let mut got = Vec::new();
+    let mut asked = 0;
     while got.len() < data.len() {
         rig.pump();
         let mut burst = 0;
@@ -46,7 +47,10 @@ fn guest_without_credit_is_asked_and_not_flooded() {
                     burst += packet.payload.len();
                     got.extend(packet.payload);
                 }
-                op::CREDIT_REQUEST => assert_eq!(burst, 1000, "asked when the credit was used up"),
+                op::CREDIT_REQUEST => {
+                    asked += 1;
+                    assert_eq!(burst, 1000, "asked when the credit was used up");
+                }
                 other => panic!("operation {other}"),
             }
         }
@@ -55,6 +59,7 @@ fn guest_without_credit_is_asked_and_not_flooded() {
         rig.send(conn.header(op::CREDIT_UPDATE), &[]);
     }
     assert_eq!(got, data);
+    assert_eq!(asked, 5);
 }
 
 #[test]
@@ -113,6 +118,39 @@ fn guest_without_receive_buffers_is_felt_by_the_client() {
             assert!(got.len() > before, "stuck at {before}");
         }
         assert_eq!(got, data);
+    }
+}
+
+#[test]
+fn receive_buffers_without_room_for_data_do_not_make_the_device_spin() {
+    let mut rig = Rig::with(0, 0);
+    (rig.rx_size, rig.rx_buffers) = (HEADER_LEN, 4);
+    rig.post_buffers();
+    let (mut client, conn) = rig.connect(1);
+    client.write_all(b"does not fit").unwrap();
+    rig.assert_silent();
+    // What fits still goes through.
+    rig.send(conn.header(op::CREDIT_REQUEST), &[]);
+    rig.recv_op(op::CREDIT_UPDATE);
+}
+
+#[test]
+fn receive_buffer_too_short_for_a_header_is_given_back_empty() {
+    let mut rig = Rig::with(0, 0);
+    let _client = rig.client(1);
+    for size in [HEADER_LEN - 1, 4096] {
+        rig.guest.submit(RX, &[], &[size]).unwrap();
+    }
+    rig.guest.notify(RX);
+    let mut ready = Vec::new();
+    while rig.guest.free(RX) < 128 {
+        rig.endpoint.process(&rig.reactor);
+        rig.reactor.wait(&mut ready, Some(Duration::ZERO)).unwrap();
+        ready.iter().for_each(|r| rig.endpoint.handle(&rig.reactor, r));
+        if let Some(used) = rig.guest.take_used(RX) {
+            let expected = if used.written.len() < HEADER_LEN { 0 } else { HEADER_LEN };
+            assert_eq!(used.len as usize, expected);
+        }
     }
 }
 

@@ -6,6 +6,7 @@
 
 use std::io;
 use std::process;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 
@@ -16,6 +17,9 @@ type Action = Box<dyn FnOnce() + Send>;
 
 /// Guards that are alive, oldest first.
 static GUARDS: Mutex<Vec<(u64, Action)>> = Mutex::new(Vec::new());
+
+/// A signal is ending this process.
+static ENDING: AtomicBool = AtomicBool::new(false);
 
 /// SIGHUP, SIGINT, SIGTERM: signal(7).
 const SIGNALS: [i32; 3] = [1, 2, 15];
@@ -73,6 +77,7 @@ pub fn watch_signals() -> io::Result<()> {
         loop {
             match wait_readable(&signals, None).and_then(|_| signals.read()) {
                 Ok(Some(received)) => {
+                    ENDING.store(true, Ordering::Release);
                     run_all();
                     process::exit(128 + received.signal);
                 }
@@ -93,6 +98,14 @@ pub fn unblock_signals() -> io::Result<()> {
     SignalSet::of(&SIGNALS)?.unblock().map(drop)
 }
 
+/// Never returns if a signal is ending this process: what fails then fails because of that, and the status is
+/// the signal's.
+pub fn yield_to_signal() {
+    while ENDING.load(Ordering::Acquire) {
+        thread::park();
+    }
+}
+
 fn run_all() {
     loop {
         // Not held while an action runs: it may drop a guard itself.
@@ -108,7 +121,7 @@ fn run_all() {
 mod tests {
     use super::*;
     use std::sync::Arc;
-    use std::sync::atomic::{AtomicU32, Ordering};
+    use std::sync::atomic::AtomicU32;
 
     #[test]
     fn a_guard_runs_once_unless_disarmed() {

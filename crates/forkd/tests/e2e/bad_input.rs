@@ -5,6 +5,8 @@ use std::os::unix::fs::{FileExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
+use forkd_api::client::Client;
+use forkd_api::types::VmInfo;
 use serde_json::Value;
 
 use crate::command::{Output, Run};
@@ -52,13 +54,15 @@ fn kernels_that_are_none(suite: &Suite) -> Result<()> {
     // ELF by its first bytes only.
     let cut = dir.join("cut");
     fs::write(&cut, b"\x7fELF\x02\x01\x01")?;
-    // ELF, but a program: there is no kernel's entry, and its segments lie where RAM ends.
-    let program = suite.programs()?.join("guest");
-    for path in [Path::new("/nonexistent/vmlinux"), &dir, &text, &empty, &cut, &program] {
+    for path in [Path::new("/nonexistent/vmlinux"), &dir, &text, &empty, &cut] {
         let shown = path.to_string_lossy();
         let said = create(suite, ["--kernel", &shown, "--boot-timeout", "20"])?.output()?;
         refused(suite, said, &[&shown])?;
     }
+    // ELF, but of a program: it is loaded, and does not get far.
+    let program = suite.programs()?.join("guest").to_string_lossy().into_owned();
+    let said = create(suite, ["--kernel", &program, "--boot-timeout", "20"])?.output()?;
+    refused(suite, said, &["vm-"])?;
     let said = create(suite, [])?.env("FORKD_KERNEL", &text).output()?;
     refused(suite, said, &["FORKD_KERNEL", &text.to_string_lossy()])?;
     Ok(())
@@ -104,7 +108,7 @@ fn images_that_are_missing_or_corrupt(suite: &Suite) -> Result<()> {
     file.set_len(0)?;
     spoilt(&[&path])?;
     fs::remove_file(&root)?;
-    spoilt(&["python"])?;
+    spoilt(&[&path])?;
     fs::write(dir.join("image.json"), "{")?;
     spoilt(&["image.json"])?;
     fs::remove_dir_all(&home)?;
@@ -208,8 +212,9 @@ fn image_sources_that_are_none(suite: &Suite) -> Result<()> {
         let said = suite.forkd_in(&home, args).output()?;
         refused(suite, said, &[path]).with_context(|| format!("{source} {path}"))?;
     }
-    let said =
-        suite.forkd_in(&home, ["image", "build", "--tag", "a/b", "--dir", "/etc"]).output()?;
+    let said = suite
+        .forkd_in(&home, ["image", "build", "--tag", "a/b", "--dir", "/etc", "--json"])
+        .output()?;
     said.one_line(&["a/b"])?;
     let said = suite.forkd_in(&home, ["image", "rm", "nosuchimage"]).output()?;
     said.one_line(&["nosuchimage"])?;
@@ -315,7 +320,7 @@ fn a_full_disk(suite: &Suite) -> Result<()> {
     Ok(())
 }
 
-/// Begins a boot, and gives the VM's pid once its process is there.
+/// Begins a boot, and gives the VM's pid once its vCPUs run.
 fn booting(suite: &Suite) -> Result<(crate::command::Watched, PathBuf, u32)> {
     let home = suite.scratch("bad-home")?;
     let command = create(suite, [])?.spawn()?;
@@ -323,9 +328,12 @@ fn booting(suite: &Suite) -> Result<(crate::command::Watched, PathBuf, u32)> {
     let pid = std::cell::Cell::new(0);
     crate::fixture::eventually(suite.deadline(), "a VM boots", || {
         for name in names(&vms)? {
-            let Ok(text) = fs::read(vms.join(name).join("vm.json")) else { continue };
-            let record: Value = serde_json::from_slice(&text)?;
-            pid.set(record["pid"].as_u64().context("a pid")?.try_into()?);
+            // It may not serve yet.
+            let Ok(mut api) = Client::connect(&vms.join(name).join("api.sock")) else { continue };
+            let Ok(info) = api.get_json::<VmInfo>("/vm") else { continue };
+            if info.timing.running_ns > 0 {
+                pid.set(info.record.pid);
+            }
         }
         ensure!(!command.has_ended()?, "the command has ended");
         Ok(pid.get() != 0)

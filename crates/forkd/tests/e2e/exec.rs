@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use forkd_sys::fork::PidFd;
+use forkd_sys::reactor::wait_readable;
 use rustix::process::Signal;
 use serde_json::Value;
 
@@ -76,14 +76,13 @@ fn signals_end_commands(suite: &Suite) -> Result<()> {
     let vm = suite.fork_one()?;
     vm.exec(&["/bin/sh", "-c", "kill -TERM $$"]).output()?.status_is(128 + 15)?;
     // Interrupting forkd interrupts the command.
-    let script = "trap 'echo caught; exit 9' INT; echo ready; while :; do sleep 0.05; done";
+    let script = "echo $$ > /tmp/pid; echo ready; while :; do sleep 0.1; done";
     let running = vm.exec(&["/bin/sh", "-c", script]).spawn()?;
     running.wait_stdout("sign of life", |out| out.starts_with(b"ready"))?;
     running.signal(Signal::INT)?;
     running.wait()?.status_is(128 + 2)?;
-    let deadline = Instant::now() + Duration::from_secs(20);
-    crate::fixture::eventually(deadline, "the command has ended too", || {
-        Ok(vm.sh("grep -ls 'trap' /proc/[0-9]*/cmdline | grep -v $$ | wc -l")? == "0")
+    crate::fixture::eventually(suite.deadline(), "the command has ended too", || {
+        Ok(vm.sh("kill -0 $(cat /tmp/pid) 2>/dev/null && echo lives || echo gone")? == "gone")
     })
 }
 
@@ -93,8 +92,7 @@ fn a_command_out_of_time_is_ended(suite: &Suite) -> Result<()> {
     let said = vm.exec_with(&["--timeout", "1.5"], &command).output()?.status_is(124)?;
     ensure!(said.text() == "begun", "{}", said.text());
     ensure!(said.took < Duration::from_secs(20), "after {:?}", said.took);
-    let left =
-        vm.sh("for p in /proc/[0-9]*; do cat $p/comm 2>/dev/null; done | grep -cx sleep || true")?;
+    let left = vm.sh("grep -lx sleep /proc/[0-9]*/comm 2>/dev/null | wc -l")?;
     ensure!(left == "0", "{left} sleep on");
     Ok(())
 }
@@ -114,12 +112,13 @@ fn eight_commands_run_at_once(suite: &Suite) -> Result<()> {
     running.into_iter().try_for_each(|one| one.wait()?.success().map(drop))
 }
 
-/// Runs `forkd exec -it` on a new terminal of `rows` x `columns`; gives what it wrote and its status.
+/// Runs a shell script by `forkd exec -it` on a new terminal of 33 rows and 77 columns. Once the script has said "ready",
+/// it is given `input`. Gives all that was written, and the status.
 fn on_a_terminal(
     suite: &Suite,
     vm: &Vm<'_>,
     input: &[u8],
-    command: &[&str],
+    script: &str,
 ) -> Result<(String, Option<i32>)> {
     use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
     use rustix::termios::{Winsize, tcsetwinsize};
@@ -127,54 +126,58 @@ fn on_a_terminal(
     let ours = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY)?;
     grantpt(&ours)?;
     unlockpt(&ours)?;
-    let size = Winsize { ws_row: 33, ws_col: 77, ws_xpixel: 0, ws_ypixel: 0 };
-    tcsetwinsize(&ours, size)?;
+    tcsetwinsize(&ours, Winsize { ws_row: 33, ws_col: 77, ws_xpixel: 0, ws_ypixel: 0 })?;
     let name = ptsname(&ours, Vec::new())?.into_string()?;
     let theirs = File::options().read(true).write(true).open(&name)?;
     let mut child = Command::new(suite.binary())
         .env("FORKD_HOME", suite.home())
         .env("TERM", "vt100")
-        .args(["exec", "-it", &vm.id, "--"])
-        .args(command)
+        .args(["exec", "-it", &vm.id, "--", "/bin/sh", "-c", script])
         .stdin(Stdio::from(OwnedFd::from(theirs.try_clone()?)))
         .stdout(Stdio::from(OwnedFd::from(theirs.try_clone()?)))
         .stderr(Stdio::from(OwnedFd::from(theirs)))
         .spawn()?;
-    let mut ours = File::from(ours);
-    let reader = {
-        let mut ours = ours.try_clone()?;
-        std::thread::spawn(move || {
-            let mut text = Vec::new();
-            let mut chunk = [0; 4096];
-            // EIO: the last one at the other end has closed it.
-            while let Ok(count @ 1..) = ours.read(&mut chunk) {
-                text.extend_from_slice(&chunk[..count]);
-            }
-            text
-        })
-    };
-    ours.write_all(input)?;
-    let left = suite.deadline().saturating_duration_since(Instant::now());
-    if !PidFd::open(child.id())?.wait(Some(left))? {
+    let text = talk(&mut File::from(ours), suite.deadline(), input);
+    if text.is_err() {
         child.kill()?;
-        child.wait()?;
-        bail!("forkd exec -it was not done in time");
     }
     let status = child.wait()?.code();
-    let text = reader.join().map_err(|_| anyhow::anyhow!("the reader panicked"))?;
-    Ok((String::from_utf8_lossy(&text).into_owned(), status))
+    Ok((text?, status))
+}
+
+/// Reads a terminal to its end, and gives it `input` at the right time.
+fn talk(terminal: &mut File, deadline: Instant, input: &[u8]) -> Result<String> {
+    let mut input = Some(input);
+    let mut text = Vec::new();
+    let mut chunk = [0; 4096];
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if !wait_readable(&*terminal, Some(left))? {
+            bail!("not done in time; it wrote {:?}", String::from_utf8_lossy(&text));
+        }
+        match terminal.read(&mut chunk) {
+            Ok(count @ 1..) => text.extend_from_slice(&chunk[..count]),
+            // EIO: the last one at the other end has closed it.
+            Ok(0) | Err(_) => return Ok(String::from_utf8_lossy(&text).into_owned()),
+        }
+        if String::from_utf8_lossy(&text).contains("ready")
+            && let Some(bytes) = input.take()
+        {
+            terminal.write_all(bytes)?;
+        }
+    }
 }
 
 fn a_terminal_is_a_terminal(suite: &Suite) -> Result<()> {
     let vm = suite.fork_one()?;
-    let script = "tty; stty size; echo $TERM; read line; echo got $line; exit 5";
-    let (text, status) = on_a_terminal(suite, &vm, b"hello\r", &["/bin/sh", "-c", script])?;
+    let script = "tty; stty size; echo $TERM; echo ready; read line; echo got $line; exit 5";
+    let (text, status) = on_a_terminal(suite, &vm, b"hello\r", script)?;
     for word in ["/dev/pts/", "33 77", "vt100", "got hello"] {
         ensure!(text.contains(word), "{word} is not in {text:?}");
     }
     ensure!(status == Some(5), "{status:?}");
     // Ctrl-C goes to the guest's terminal, not to forkd.
-    let (text, status) = on_a_terminal(suite, &vm, b"\x03", &["/bin/sh", "-c", "sleep 1000"])?;
+    let (text, status) = on_a_terminal(suite, &vm, b"\x03", "echo ready; exec sleep 1000")?;
     ensure!(status == Some(130), "{status:?}: {text:?}");
     // Without a terminal -t is refused.
     vm.exec_with(&["-t"], &["/bin/true"]).output()?.one_line(&["terminal"])?;

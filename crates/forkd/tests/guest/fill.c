@@ -33,26 +33,33 @@ static uint64_t available_kib(void) {
     return kib;
 }
 
-static uint64_t frame(int pagemap, uintptr_t at) {
-    uint64_t entry;
-    if (pread(pagemap, &entry, sizeof entry, at / PAGE * 8) != sizeof entry) die("read /proc/self/pagemap");
-    return entry & ((1ull << 55) - 1);
+/* The highest frame that holds one of these pages. */
+static uint64_t highest_frame(uintptr_t memory, uint64_t pages) {
+    static uint64_t entries[512];
+    uint64_t highest = 0;
+    int pagemap = open("/proc/self/pagemap", O_RDONLY);
+    if (pagemap < 0) die("open /proc/self/pagemap");
+    for (uint64_t page = 0; page < pages; page += 512) {
+        uint64_t count = pages - page < 512 ? pages - page : 512;
+        off_t at = (memory / PAGE + page) * 8;
+        if (pread(pagemap, entries, count * 8, at) != (ssize_t)(count * 8)) die("read /proc/self/pagemap");
+        for (uint64_t i = 0; i < count; i++) {
+            uint64_t frame = entries[i] & ((1ull << 55) - 1);
+            if (frame > highest) highest = frame;
+        }
+    }
+    close(pagemap);
+    return highest;
 }
 
-static int hold(struct fill *fill, uint64_t *memory, uint64_t pages) {
+__attribute__((noreturn)) static void hold(struct fill *fill, uint64_t *memory, uint64_t pages) {
     const uint64_t words = PAGE / 8;
     uint64_t seen = 0;
     for (uint64_t page = 0; page < pages; page++) {
         memory[page * words] = page * 0x9e3779b97f4a7c15ull;
         memory[page * words + words - 1] = ~page;
     }
-    int pagemap = open("/proc/self/pagemap", O_RDONLY);
-    if (pagemap < 0) die("open /proc/self/pagemap");
-    /* Frames of a huge page follow one another: every 512th tells, and the last. */
-    for (uint64_t page = 0; page < pages; page++) {
-        uint64_t at = frame(pagemap, (uintptr_t)(memory + page * words));
-        if (at > fill->highest) fill->highest = at;
-    }
+    fill->highest = highest_frame((uintptr_t)memory, pages);
     fill->pages = pages;
     fill->filled = 1;
     for (;;) {
@@ -84,7 +91,7 @@ int fill_main(int argc, char **argv) {
         }
         setsid();
         for (int fd = 0; fd < 3; fd++) close(fd);
-        return hold(fill, (uint64_t *)memory, bytes / PAGE);
+        hold(fill, (uint64_t *)memory, bytes / PAGE);
     }
     uint64_t ask = ++fill->ask;
     while (fill->answered != ask) pause_ms();

@@ -17,6 +17,9 @@ use serde::Serialize;
 
 use crate::vm_client::VmClient;
 
+/// SIGKILL: signal(7).
+const SIGKILL: u8 = 9;
+
 /// Which stream of a process or interpreter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stream {
@@ -179,9 +182,11 @@ impl Guest {
             keepalive: None,
         };
         let client = ProcessClient::new(self.agent.clone());
+        let deadline = command.timeout.and_then(|limit| Instant::now().checked_add(limit));
         let stream = client.start(&request, &options).with_context(|| self.who.clone())?;
         let process = ProcessSelector::pid(stream.pid());
-        Ok(Running { stream, control: Control { client, process }, who: self.who.clone() })
+        let control = Control { client, process };
+        Ok(Running { stream, control, deadline, who: self.who.clone() })
     }
 }
 
@@ -228,6 +233,7 @@ pub enum Ended {
 pub struct Running {
     stream: ProcessStream,
     control: Control,
+    deadline: Option<Instant>,
     who: String,
 }
 
@@ -259,7 +265,14 @@ impl Running {
                         DataEvent::Stderr(bytes) => Event::Output(Stream::Stderr, bytes),
                     });
                 }
-                Some(Ok(ProcessEvent::End(end))) => return Ok(Event::End(ended(&end))),
+                Some(Ok(ProcessEvent::End(end))) => {
+                    // The agent kills at the deadline, and tells of that as of any other end.
+                    let expired = self.deadline.is_some_and(|at| Instant::now() >= at);
+                    return Ok(Event::End(match ended(&end) {
+                        Ended::Signaled(SIGKILL) if expired => Ended::TimedOut,
+                        other => other,
+                    }));
+                }
                 Some(Ok(ProcessEvent::Start(_) | ProcessEvent::Keepalive(_))) => {}
                 Some(Err(ClientError::Rpc(error))) if error.code == Code::DeadlineExceeded => {
                     return Ok(Event::End(Ended::TimedOut));

@@ -55,41 +55,13 @@ fn main() -> ExitCode {
 }
 
 fn finish(result: anyhow::Result<ExitCode>) -> ExitCode {
+    cleanup::yield_to_signal();
     match result {
         Ok(code) => code,
         Err(error) if error.is::<output::ReaderGone>() => ExitCode::SUCCESS,
         Err(error) => {
-            cleanup::yield_to_signal();
-            output::note(&format!("forkd: {}", message(&error)));
+            output::note(&format!("forkd: {}", output::error_line(&error)));
             ExitCode::FAILURE
         }
-    }
-}
-
-/// An error with its causes, in one line. A cause that the text before it ends with is not told twice.
-fn message(error: &anyhow::Error) -> String {
-    let mut text = String::new();
-    for cause in error.chain().map(ToString::to_string) {
-        if text.is_empty() {
-            text = cause;
-        } else if !text.ends_with(&cause) {
-            text = format!("{text}: {cause}");
-        }
-    }
-    let line: Vec<&str> = text.lines().map(str::trim).filter(|l| !l.is_empty()).collect();
-    line.join(" ")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::message;
-
-    #[test]
-    fn messages_are_one_line_and_tell_no_cause_twice() {
-        let error =
-            anyhow::anyhow!("no such\n  file").context("cannot open a").context("cannot boot");
-        assert_eq!(message(&error), "cannot boot: cannot open a: no such file");
-        let error = anyhow::anyhow!("busy").context("cannot open a: busy");
-        assert_eq!(message(&error), "cannot open a: busy");
     }
 }

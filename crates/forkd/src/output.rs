@@ -57,6 +57,22 @@ pub fn note(text: &str) {
     write_stderr(format!("{text}\n").as_bytes());
 }
 
+/// An error and its causes in one line. A cause that is part of what was said already is left out.
+pub fn error_line(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain() {
+        let cause = cause.to_string();
+        if text.is_empty() {
+            text = cause;
+        } else if !text.ends_with(&cause) {
+            text.push_str(": ");
+            text.push_str(&cause);
+        }
+    }
+    let lines: Vec<&str> = text.lines().map(str::trim).filter(|l| !l.is_empty()).collect();
+    lines.join(" ")
+}
+
 /// Standard output was closed by its reader.
 #[derive(Debug)]
 pub struct ReaderGone;
@@ -157,6 +173,14 @@ mod tests {
         assert_eq!(between(0, 5), None);
         assert_eq!(between(5, 0), None);
         assert_eq!(between(5, 7), Some(Duration::from_nanos(2)));
+    }
+
+    #[test]
+    fn errors_are_one_line_without_repetition() {
+        let error = anyhow::anyhow!("closed")
+            .context("cannot read: closed")
+            .context("vm-1\n does\nnot answer");
+        assert_eq!(error_line(&error), "vm-1 does not answer: cannot read: closed");
     }
 
     #[test]

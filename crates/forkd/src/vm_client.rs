@@ -17,6 +17,8 @@ use rustix::process::Signal;
 const QUICK: Duration = Duration::from_secs(30);
 /// Forking takes 16 ms per GiB at worst; a request may ask for a thousand children.
 const FORK: Duration = Duration::from_secs(300);
+/// How long a process has to take note that it shall end; one that is stopped (SIGSTOP) does not.
+const ASK_STOP: Duration = Duration::from_secs(5);
 /// How long a process has to end after it was told to.
 const STOP: Duration = Duration::from_secs(10);
 /// Added to a wait's own time limit before the client gives up on the server.
@@ -76,7 +78,9 @@ impl VmClient {
     /// It failed or was not ready in time: says why.
     pub fn wait_ready(&self, timeout: Duration) -> Result<VmInfo> {
         let target = format!("/vm?wait=ready&timeout_s={}", timeout.as_secs().max(1));
-        let info: VmInfo = self.connect(timeout + GRACE)?.get_json(&target)?;
+        let answer = self.connect(timeout + GRACE)?.get_json(&target);
+        let info: VmInfo =
+            answer.with_context(|| format!("{} ended, or does not answer", self.who))?;
         match info.phase {
             VmPhase::Ready | VmPhase::Paused | VmPhase::Zygote => Ok(info),
             VmPhase::Failed => {
@@ -128,7 +132,7 @@ impl VmClient {
         // Opened while the lock says that the pid is still its own.
         let process = self.process(pid)?;
         let asked = self
-            .connect(QUICK)
+            .connect(ASK_STOP)
             .and_then(|mut c| Ok(c.send_json("PUT", "/actions", &Action::Stop)?));
         if let Some(process) = process {
             let gone = |limit| process.wait(Some(limit)).context("cannot wait for the process");

@@ -130,14 +130,14 @@ impl Args {
                 disks: Vec::new(),
                 kernel: None,
                 cmdline: String::new(),
-                boot_timeout_s: 120,
+                boot_timeout_s: None,
                 quiet: self.output.json,
             },
         )?;
         let live = registry::snapshot(paths, &tag)?;
         let guard = Guard::new(move || {
             if let Err(e) = live.client.stop(live.record.pid) {
-                output::note(&format!("forkd: {e:#}"));
+                output::note(&format!("forkd: {}", output::error_line(&e)));
             }
         });
         Ok((tag, guard))

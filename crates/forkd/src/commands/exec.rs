@@ -106,7 +106,7 @@ impl Args {
             let tty = self.tty;
             spawn("stdin", move || {
                 if let Err(e) = forward_stdin(&control, tty) {
-                    output::note(&format!("forkd: {e:#}"));
+                    output::note(&format!("forkd: {}", output::error_line(&e)));
                 }
             })?;
         }

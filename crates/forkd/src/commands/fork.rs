@@ -183,13 +183,13 @@ fn settle(spec: &ChildSpec, result: &ChildResult, wait: Option<Duration>) -> Chi
     if let (None, Some(timeout)) = (&child.error, wait) {
         match client.wait_ready(timeout) {
             Ok(info) => child.timing = info.timing,
-            Err(e) => child.error = Some(format!("{e:#}")),
+            Err(e) => child.error = Some(output::error_line(&e)),
         }
     }
     if let (Some(error), Some(pid)) = (&mut child.error, child.pid)
         && let Err(e) = client.stop(pid)
     {
-        error.push_str(&format!("; and it can't be ended: {e:#}"));
+        error.push_str(&format!("; and it can't be ended: {}", output::error_line(&e)));
     }
     child
 }
@@ -200,7 +200,7 @@ fn guard_children(specs: Vec<ChildSpec>) -> Guard {
         parallel::map(&specs, |spec| {
             let Ok(record) = forkd_vmm::run_dir::read_record(&spec.dir) else { return };
             if let Err(e) = VmClient::new(&spec.dir, &spec.id).stop(record.pid) {
-                output::note(&format!("forkd: {e:#}"));
+                output::note(&format!("forkd: {}", output::error_line(&e)));
             }
         });
     })

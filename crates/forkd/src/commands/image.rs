@@ -195,7 +195,8 @@ impl Rm {
         for image in &self.images {
             // Read anew for each: what can't be read counts as used, or a living VM could lose its root.
             let users = |digest: &str| {
-                registry::users_of_image(paths, digest).unwrap_or_else(|e| vec![format!("({e:#})")])
+                registry::users_of_image(paths, digest)
+                    .unwrap_or_else(|e| vec![format!("({})", output::error_line(&e))])
             };
             match store.remove(image, &users) {
                 Ok(done) => removed.push(done),

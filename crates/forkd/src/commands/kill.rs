@@ -76,6 +76,6 @@ impl Args {
 fn end_all(doomed: &[Live]) -> Vec<Outcome> {
     parallel::map(doomed, |live| Outcome {
         id: live.record.id.clone(),
-        error: live.client.stop(live.record.pid).err().map(|e| format!("{e:#}")),
+        error: live.client.stop(live.record.pid).err().map(|e| output::error_line(&e)),
     })
 }

@@ -98,7 +98,7 @@ impl Args {
             let paths = paths.clone();
             move || {
                 if let Err(e) = end_earlier_run(&paths) {
-                    output::note(&format!("forkd: {e:#}"));
+                    output::note(&format!("forkd: {}", output::error_line(&e)));
                 }
             }
         });
@@ -155,7 +155,7 @@ fn plan(quiet: bool) -> Plan {
         disks: Vec::new(),
         kernel: None,
         cmdline: String::new(),
-        boot_timeout_s: 120,
+        boot_timeout_s: None,
         quiet,
     }
 }

@@ -146,7 +146,7 @@ impl Rm {
         }
         let outcomes = parallel::map(&doomed, |live| Outcome {
             tag: live.record.id.clone(),
-            error: live.client.stop(live.record.pid).err().map(|e| format!("{e:#}")),
+            error: live.client.stop(live.record.pid).err().map(|e| output::error_line(&e)),
         });
         if self.output.json {
             output::json(&outcomes)?;

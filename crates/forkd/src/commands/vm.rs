@@ -1,6 +1,6 @@
 //! `forkd vm`: the VM process. Not for people: `forkd snapshot create` and others start it.
 
-use std::io::{Read, Write};
+use std::io::{IsTerminal, Read, Write};
 use std::process::ExitCode;
 
 use forkd_api::types::{Fault, VmConfig};
@@ -38,6 +38,9 @@ pub fn run() -> ExitCode {
 }
 
 fn configure() -> Result<VmConfig, String> {
+    if std::io::stdin().is_terminal() {
+        return Err("this is for other verbs to start: use `forkd snapshot create`".to_string());
+    }
     cleanup::unblock_signals().map_err(|e| format!("cannot unblock signals: {e}"))?;
     let mut text = Vec::new();
     std::io::stdin()

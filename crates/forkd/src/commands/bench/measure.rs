@@ -188,7 +188,7 @@ impl Brood {
             let clients = clients.clone();
             move || {
                 if let Err(e) = end_all(&clients) {
-                    output::note(&format!("forkd: {e:#}"));
+                    output::note(&format!("forkd: {}", output::error_line(&e)));
                 }
             }
         });

@@ -12,7 +12,7 @@ use rustix::process::Resource;
 use super::Check;
 use crate::commands::image::PYTHON;
 use crate::paths::Paths;
-use crate::{assets, host};
+use crate::{assets, host, output};
 
 /// What one VM takes beside its RAM: descriptors of the VM process, and of a command that talks to 1000 VMs.
 const WANT_FILES: u64 = 4096;
@@ -211,14 +211,14 @@ fn tools(name: &'static str, tools: &[Tool], needed: bool) -> Check {
 fn kernel(paths: &Paths) -> Check {
     match assets::kernel(None, paths) {
         Ok(path) => Check::ok("guest kernel", path.display().to_string()),
-        Err(e) => Check::fail("guest kernel", format!("{e:#}"), "make kernel"),
+        Err(e) => Check::fail("guest kernel", output::error_line(&e), "make kernel"),
     }
 }
 
 fn agent() -> Check {
     match assets::agent() {
         Ok(path) => Check::ok("guest agent", path.display().to_string()),
-        Err(e) => Check::fail("guest agent", format!("{e:#}"), "make agent"),
+        Err(e) => Check::fail("guest agent", output::error_line(&e), "make agent"),
     }
 }
 

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use forkd_api::types::{DriveConfig, Timing, VmConfig};
 use forkd_image::ImageStore;
+use forkd_vm::Host;
 use serde::Serialize;
 
 use crate::boot;
@@ -26,6 +27,10 @@ const MAX_WARM: u64 = 16 << 20;
 /// Bounds of VmConfig.
 const VCPUS: std::ops::RangeInclusive<u64> = 1..=16;
 const MEM_MIB: std::ops::RangeInclusive<u64> = 64..=65_536;
+/// Seconds that a boot may take by default. It takes under one, or 20 where kernel mode is emulated; a busy host
+/// stretches both.
+const BOOT_TIMEOUT_S: u32 = 60;
+const BOOT_TIMEOUT_PVM_S: u32 = 300;
 /// Most block devices: vda to vdh.
 const MAX_DISKS: usize = 8;
 
@@ -68,9 +73,9 @@ pub struct Args {
     /// More words for the kernel's command line
     #[arg(long, default_value = "", value_name = "WORDS", allow_hyphen_values = true)]
     cmdline: String,
-    /// Seconds the guest has to boot
-    #[arg(long, default_value_t = 120, value_name = "S", value_parser = clap::value_parser!(u32).range(1..=3600))]
-    boot_timeout: u32,
+    /// Seconds the guest has to boot; by default 60, or 300 where its kernel mode is emulated (PVM)
+    #[arg(long, value_name = "S", value_parser = clap::value_parser!(u32).range(1..=3600))]
+    boot_timeout: Option<u32>,
     #[command(flatten)]
     output: OutputArgs,
 }
@@ -94,8 +99,8 @@ pub struct Plan {
     pub kernel: Option<PathBuf>,
     /// More words for the kernel's command line.
     pub cmdline: String,
-    /// Seconds the guest has to boot.
-    pub boot_timeout_s: u32,
+    /// Seconds the guest has to boot; none: what such a host takes at worst.
+    pub boot_timeout_s: Option<u32>,
     /// Say nothing of progress.
     pub quiet: bool,
 }
@@ -244,10 +249,10 @@ impl Plan {
         Ok(())
     }
 
-    fn config(&self, paths: &Paths) -> Result<VmConfig> {
+    fn config(&self, paths: &Paths, boot_timeout_s: u32) -> Result<VmConfig> {
         let store = ImageStore::open(&paths.data)?;
         let image = store.resolve(&self.image)?;
-        store.verify(&image)?;
+        store.verify(&image).with_context(|| format!("image {}", self.image))?;
         let id = id::new()?;
         let out_of_range = || "a number is out of its range";
         Ok(VmConfig {
@@ -263,7 +268,7 @@ impl Plan {
             mem_mib: u32::try_from(self.mem_mib).with_context(out_of_range)?,
             cmdline: self.cmdline.clone(),
             drives: self.disks.clone(),
-            boot_timeout_s: self.boot_timeout_s,
+            boot_timeout_s,
         })
     }
 }
@@ -276,14 +281,17 @@ pub fn create(paths: &Paths, plan: &Plan) -> Result<Created> {
     plan.check(paths)?;
     paths.prepare_run()?;
     // /dev/kvm first: without it nothing else matters, and its message says what to do.
-    forkd_vm::Host::open()?;
-    let config = plan.config(paths)?;
+    let host = Host::open()?;
+    let default = if host.is_pvm() { BOOT_TIMEOUT_PVM_S } else { BOOT_TIMEOUT_S };
+    let boot_timeout_s = plan.boot_timeout_s.unwrap_or(default);
+    drop(host);
+    let config = plan.config(paths, boot_timeout_s)?;
 
     let begun = Instant::now();
     let what = format!("boot {} vCPU, {} MiB, image {}", plan.vcpus, plan.mem_mib, plan.image);
     let step = Step::begin(&what, plan.quiet);
     let booted = boot::start(&config)?;
-    let info = booted.wait_ready(Duration::from_secs(plan.boot_timeout_s.into()))?;
+    let info = booted.wait_ready(Duration::from_secs(boot_timeout_s.into()))?;
     let boot_ms = millis(begun.elapsed());
     step.done("");
 
@@ -326,7 +334,7 @@ fn guard_snapshot(dir: &Path, source: &str) -> Guard {
             return;
         }
         if let Err(e) = VmClient::new(&dir, &record.id).stop(record.pid) {
-            output::note(&format!("forkd: {e:#}"));
+            output::note(&format!("forkd: {}", output::error_line(&e)));
         }
     })
 }

@@ -265,7 +265,7 @@ impl Suite {
 
     /// Forks children of any snapshot.
     pub fn fork_of(&self, tag: &str, count: usize) -> Result<Vec<Vm<'_>>> {
-        let said = self.forkd(["fork", tag, "--json", "-n", &count.to_string()]).ok()?.json()?;
+        let said = self.forkd(["fork", tag, "--json", "-n", &count.to_string()]).output()?;
         let Branched { pause, children } = Branched::read(self, said)?;
         ensure!(pause.is_none(), "a snapshot does not pause");
         ensure!(children.len() == count, "{} children instead of {count}", children.len());

@@ -76,13 +76,15 @@ struct ChildAnswer {
 }
 
 impl<'s> Branched<'s> {
-    /// Reads the answer of `fork --json`; all children must live.
-    pub fn read(suite: &'s Suite, answer: Value) -> Result<Self> {
-        let answer: ForkAnswer = serde_json::from_value(answer)?;
+    /// Reads the answer of `fork --json` and `branch --json`; all children must live.
+    pub fn read(suite: &'s Suite, said: Output) -> Result<Self> {
+        // With its answer it tells which children failed; without one, why all of it did.
+        let said = if said.stdout.is_empty() { said.success()? } else { said };
+        let answer: ForkAnswer = said.json()?;
         let mut children = Vec::new();
         for child in answer.children {
             if let Some(error) = child.error {
-                bail!("{}: {error}", child.id);
+                bail!("{}: {error} ({:?})", child.id, child.timing);
             }
             let pid = child.pid.with_context(|| format!("{} has no pid", child.id))?;
             let ChildAnswer { id, name, timing, .. } = child;
@@ -171,7 +173,7 @@ impl<'s> Vm<'s> {
     /// Branches it.
     pub fn branch(&self, count: usize) -> Result<Branched<'s>> {
         let args = ["branch", &self.id, "--json", "-n", &count.to_string()];
-        let said = self.suite.forkd(args).ok()?.json()?;
+        let said = self.suite.forkd(args).output()?;
         let branched = Branched::read(self.suite, said)?;
         ensure!(branched.pause.is_some(), "a branch tells how long its source paused");
         ensure!(branched.children.len() == count, "{} branches", branched.children.len());

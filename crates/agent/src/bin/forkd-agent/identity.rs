@@ -15,8 +15,9 @@ use crate::slab::Key;
 use crate::system::SystemError;
 use crate::timers::TimerId;
 
-/// How long idle interpreters may take to reseed.
-const RESEED_LIMIT: Duration = Duration::from_secs(5);
+/// How long idle interpreters may take to reseed. It takes milliseconds, but a hundred guests that were forked at
+/// once share the host's CPUs. Less than the VMM waits for the answer (`ACK_TIMEOUT` there), so that it hears why.
+const RESEED_LIMIT: Duration = Duration::from_secs(45);
 
 /// A notice that waits for interpreters.
 pub struct PendingInit {

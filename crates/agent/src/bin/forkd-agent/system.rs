@@ -126,8 +126,29 @@ fn open_machine_id(path: &Path) -> io::Result<File> {
     Ok(file)
 }
 
-/// Writes a line to the console.
+/// Writes a line to the console: PID 1's is opened for each, see [`let_go_of_console`].
 pub fn console(what: &dyn Display) {
+    let line = format!("forkd-agent: {what}\n");
+    let flags = rustix::fs::OFlags::WRONLY | rustix::fs::OFlags::NOCTTY;
+    let console = (std::process::id() == 1)
+        .then(|| rustix::fs::open(c"/dev/console", flags, rustix::fs::Mode::empty()))
+        .and_then(Result::ok);
     // There is nowhere to tell that the console cannot be written to.
-    let _ = writeln!(io::stderr(), "forkd-agent: {what}");
+    let _ = match console {
+        Some(console) => File::from(console).write_all(line.as_bytes()),
+        None => io::stderr().write_all(line.as_bytes()),
+    };
+}
+
+/// Leads the standard streams to /dev/null. An open serial port has the 8250 driver look at it ten times
+/// a second, which is most of what an idle guest would do.
+///
+/// # Errors
+/// /dev/null cannot be opened.
+pub fn let_go_of_console() -> io::Result<()> {
+    let null = File::options().read(true).write(true).open("/dev/null")?;
+    rustix::stdio::dup2_stdin(&null)?;
+    rustix::stdio::dup2_stdout(&null)?;
+    rustix::stdio::dup2_stderr(&null)?;
+    Ok(())
 }

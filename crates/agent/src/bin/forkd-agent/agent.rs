@@ -29,6 +29,8 @@ use crate::timers::Timers;
 const MAX_CONNS: usize = 1024;
 /// Bytes read at once: what a pipe holds.
 const SCRATCH: usize = 64 << 10;
+/// Fewer events than this at once are all that there are: what the reactor takes in one wait.
+const BATCH: usize = 64;
 /// How long a connection may be kept out of the epoll set (see `conn.rs`).
 const DEFER: Duration = Duration::from_millis(20);
 /// How long a client may go on sending after it was told of an error.
@@ -92,6 +94,10 @@ pub struct Agent {
     pub env_version: u64,
     /// A fork notice that waits for interpreters.
     pub pending_init: Option<PendingInit>,
+    /// Counts waits of the event loop.
+    pub turn_count: u64,
+    /// What was ready in this turn fitted one batch, so that all that was ready is known.
+    pub all_told: bool,
     /// Where everything is read to.
     pub scratch: Box<[u8]>,
     /// Connections to flush at the end of this turn.
@@ -129,6 +135,8 @@ impl Agent {
             env: BTreeMap::new(),
             env_version: 0,
             pending_init: None,
+            turn_count: 0,
+            all_told: false,
             scratch: vec![0; SCRATCH].into_boxed_slice(),
             dirty: Vec::new(),
             deferred: Vec::new(),
@@ -170,7 +178,16 @@ impl Agent {
     }
 
     fn turn(&mut self, ready: &[Readiness]) {
+        self.turn_count += 1;
+        self.all_told = ready.len() < BATCH;
         let mut signalled = false;
+        for ready in ready {
+            if let Some(Source::ContextStdout(key) | Source::ContextStderr(key)) =
+                Source::of(ready.token)
+            {
+                self.context_has_output(key);
+            }
+        }
         for ready in ready {
             match Source::of(ready.token) {
                 Some(Source::Listener(index)) => self.accept(index),

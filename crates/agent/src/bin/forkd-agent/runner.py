@@ -269,8 +269,11 @@ def _forkd_main():
             else:
                 environ[name] = value
 
+    # Also goes once the way that an execution goes, so that forked children find its pages mapped.
     def freeze():
         load_traceback()
+        compile_cell("1", "<warm>")
+        repr(1)
         gc.collect()
         gc.freeze()
 

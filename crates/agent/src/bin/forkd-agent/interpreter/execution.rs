@@ -161,7 +161,20 @@ impl Agent {
         self.contexts.all.get(key)?.current.as_ref()?.conn
     }
 
+    /// An interpreter's output is ready in this turn.
+    pub fn context_has_output(&mut self, key: Key) {
+        if let Some(python) = self.contexts.all.get_mut(key).and_then(|c| c.python.as_mut()) {
+            python.wrote_in = self.turn_count;
+        }
+    }
+
     /// An interpreter has written an answer.
+    ///
+    /// Its output has to be read before the end of an execution is told. Mostly there is none, and
+    /// then even asking costs a system call, so it is not asked where epoll has answered already: if
+    /// what was received is the one last write of an execution, then all output was written before
+    /// it; and if the answers were not ready in the turn before, then it was this write that made
+    /// them ready, and outputs, made ready earlier, would have been told in the same turn.
     pub fn context_answers(&mut self, key: Key) {
         loop {
             let Some(python) = self.contexts.all.get_mut(key).and_then(|c| c.python.as_mut())
@@ -177,14 +190,21 @@ impl Agent {
                 Ok(n) => n,
                 Err(_) => return,
             };
+            let fresh = self.all_told
+                && !python.paused
+                && python.received.is_empty()
+                && python.answered_in + 1 < self.turn_count
+                && python.wrote_in != self.turn_count;
+            python.answered_in = self.turn_count;
             python.received.extend_from_slice(&self.scratch[..n]);
+            let silent = fresh && wire::is_last_write(&python.received);
             if python.received.len() > wire::MAX_FRAME + self.scratch.len() {
                 self.kill_python(key, "the interpreter's answer is too long");
                 return;
             }
             let full = n == self.scratch.len();
             // What was written before these answers comes before them.
-            if self.contexts.all.get(key).is_some_and(|context| context.current.is_some()) {
+            if !silent && self.contexts.all.get(key).is_some_and(|c| c.current.is_some()) {
                 self.drain_outputs(key);
             }
             if !self.take_answers(key) || !full {

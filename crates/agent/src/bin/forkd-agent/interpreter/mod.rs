@@ -90,6 +90,9 @@ struct Python {
     reseeding: bool,
     /// Outputs are not read, because the client does not keep up.
     paused: bool,
+    /// The last turns of the event loop in which it had answers, and output, to read.
+    answered_in: u64,
+    wrote_in: u64,
 }
 
 /// A context cannot be had.
@@ -226,6 +229,8 @@ impl Agent {
             exited: false,
             reseeding: false,
             paused: false,
+            answered_in: 0,
+            wrote_in: 0,
         })
     }
 

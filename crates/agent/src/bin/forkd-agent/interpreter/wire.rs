@@ -100,6 +100,16 @@ pub fn decode(buf: &[u8]) -> Result<Option<(Answer, usize)>, WireError> {
     Ok(Some((answer, 4 + len)))
 }
 
+/// Whether this is the write that ends an execution and nothing else: `D`, alone or after the main
+/// value or the error.
+pub fn is_last_write(buf: &[u8]) -> bool {
+    const DONE: &[u8] = b"\x01\0\0\0D";
+    let Some(first) = buf.strip_suffix(DONE) else { return false };
+    let Some((len, body)) = first.split_first_chunk::<4>() else { return first.is_empty() };
+    let whole = u32::from_le_bytes(*len) as usize == body.len();
+    whole && (body.starts_with(b"E") || body.starts_with(b"R\x01\0\0\x001"))
+}
+
 fn fields(mut body: &[u8]) -> Result<Vec<String>, WireError> {
     let short = WireError("a field is longer than its frame");
     let mut fields = Vec::new();
@@ -124,6 +134,26 @@ mod tests {
             if let Ok(Some((_, len))) = decode(&bytes) {
                 prop_assert!(len <= bytes.len());
             }
+        }
+    }
+
+    #[test]
+    fn the_last_write_is_told_from_others() {
+        let done = request(b'D', &[]);
+        let main = request(b'R', &[b"1", b"text", b"2"]);
+        let shown = request(b'R', &[b"0", b"text", b"2"]);
+        let error = request(b'E', &[b"a", b"b", b"c"]);
+        for last in [&[][..], &main, &error] {
+            assert!(is_last_write(&[last, &done].concat()));
+        }
+        for other in [
+            vec![],
+            main.clone(),
+            [shown.as_slice(), &done].concat(),
+            [shown.as_slice(), &main, &done].concat(),
+            [request(b'S', &[]).as_slice(), &done].concat(),
+        ] {
+            assert!(!is_last_write(&other), "{other:?}");
         }
     }
 

@@ -135,7 +135,9 @@ impl Booted {
     /// # Errors
     /// The agent did not come up: says why, as far as the guest's console tells.
     pub fn wait_ready(&self, timeout: Duration) -> Result<VmInfo> {
-        self.client.wait_ready(timeout).map_err(|e| self.explain(e))
+        self.client
+            .wait_ready(timeout)
+            .map_err(|e| self.explain(e.context(self.client.who().to_string())))
     }
 
     /// Adds to an error what the logs tell of a VM that died.

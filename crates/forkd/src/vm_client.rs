@@ -83,14 +83,10 @@ impl VmClient {
             answer.with_context(|| format!("{} ended, or does not answer", self.who))?;
         match info.phase {
             VmPhase::Ready | VmPhase::Paused | VmPhase::Zygote => Ok(info),
-            VmPhase::Failed => {
-                bail!("{}: {}", self.who, info.error.as_deref().unwrap_or("its agent failed"))
+            VmPhase::Failed => bail!("{}", info.error.as_deref().unwrap_or("its agent failed")),
+            VmPhase::Starting => {
+                bail!("its agent did not answer within {} s", timeout.as_secs())
             }
-            VmPhase::Starting => bail!(
-                "{}: its agent did not answer within {} s: look at its console (`forkd console`)",
-                self.who,
-                timeout.as_secs()
-            ),
         }
     }
 

@@ -31,17 +31,18 @@ const WAIT: Duration = Duration::from_secs(120);
 /// The parent's work, which its children need not do again.
 const WARM: &str = "import numpy as np\n\
                     data = np.arange(1_000_000, dtype=np.float64).reshape(1000, 1000)\n";
-/// One expression per child, on the array that it inherits.
+/// One expression per child, on the array that it inherits. None makes a large array of its own: that would time the
+/// guest's page faults, not the fork.
 const EXPRESSIONS: [&str; 10] = [
     "data.sum()",
     "data.mean()",
-    "data.std()",
+    "data[500].std()",
     "data[17].max()",
     "data[:, 3].min()",
-    "np.median(data)",
+    "np.median(data[3])",
     "data.trace()",
-    "(data % 7 == 0).sum()",
-    "np.sqrt(data).sum()",
+    "(data[42] % 7 == 0).sum()",
+    "np.sqrt(data[9]).sum()",
     "np.random.random()",
 ];
 

@@ -44,7 +44,9 @@ fn restore(before: &Termios) {
 pub fn size() -> Result<(u16, u16)> {
     let size =
         tcgetwinsize(std::io::stdout().as_fd()).context("cannot read the terminal's size")?;
-    Ok((size.ws_col.max(1), size.ws_row.max(1)))
+    // A terminal that does not know its size says 0.
+    let or = |size: u16, default| if size == 0 { default } else { size };
+    Ok((or(size.ws_col, 80), or(size.ws_row, 24)))
 }
 
 /// Takes the signal that tells of a new size. Call it before threads are made: they inherit the mask.

@@ -157,3 +157,52 @@ impl Breakpoint {
         self.0.swap(address, Ordering::AcqRel) != address
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TARGET: SyscallTarget = SyscallTarget {
+        star: 0x0023_0010_0000_0000,
+        lstar: 0xffff_ffff_8180_0040,
+        // As Linux sets it: all flags but bit 1 and the reserved ones.
+        sfmask: 0x25_7fd5,
+    };
+
+    /// As PVM leaves a `syscall`: flags masked, RF set by the fault.
+    const SYSCALL: Frame = Frame {
+        error_code: 0x15,
+        rip: TARGET.lstar,
+        cs: 0x33,
+        rflags: 0x1_0002,
+        rsp: 0x7ffc_0000_0000,
+        ss: 0x2b,
+    };
+
+    #[test]
+    fn only_a_syscall_is_taken_for_one() {
+        assert!(SYSCALL.is_syscall(&TARGET));
+        let others = [
+            ("a fault of user code", Frame { rip: 0x40_1000, rflags: 0x1_0202, ..SYSCALL }),
+            ("a jump of user code to LSTAR", Frame { rflags: 0x1_0202, ..SYSCALL }),
+            ("the same with arithmetic flags", Frame { rflags: 0x1_0206, ..SYSCALL }),
+            ("a fault of the kernel", Frame { cs: 0x10, ..SYSCALL }),
+            ("a jump near LSTAR", Frame { rip: TARGET.lstar + 1, ..SYSCALL }),
+        ];
+        for (what, frame) in others {
+            assert!(!frame.is_syscall(&TARGET), "{what}");
+        }
+        let none = SyscallTarget::default();
+        assert!(!Frame { rip: 0, ..SYSCALL }.is_syscall(&none), "no LSTAR yet");
+    }
+
+    #[test]
+    fn a_gate_is_redirected_in_its_first_half_only() {
+        let handler = 0xffff_ffff_8180_0b30u64;
+        let low = (handler & 0xffff) | 0x8e00_0010_0000 | (((handler >> 16) & 0xffff) << 48);
+        let gate = Gate { gpa: 0, low, handler };
+        assert_eq!(gate.redirected(handler), low);
+        let new = gate.redirected(0xffff_ffff_4000_0080);
+        assert_eq!(new, 0x4000_8e00_0010_0080);
+    }
+}

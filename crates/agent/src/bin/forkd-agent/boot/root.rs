@@ -6,7 +6,7 @@
 
 use std::io;
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use forkd_sys::reactor::wait_readable;
 use rustix::fs::inotify;
@@ -99,8 +99,38 @@ fn move_mount(from: &str, to: &str) -> Result<(), BootError> {
     result.map_err(refused(format!("move {from} to {to}")))
 }
 
-/// Tries the file systems, with DAX where the device is memory.
+/// How often a root device that cannot be opened yet is tried. Nothing that the agent can see at this point
+/// tells when: the kernel makes the node first, and the disk behind it some 100 ms later on slow hosts.
+const RETRY: Duration = Duration::from_millis(10);
+
+/// Mounts the image, once its device can be opened.
 fn mount_lower(device: &str, cmdline: &Cmdline) -> Result<(), BootError> {
+    let deadline = Instant::now() + cmdline.root_timeout;
+    loop {
+        match try_types(device, cmdline) {
+            Ok(()) => return Ok(()),
+            Err(Refusal::NoDisk) if Instant::now() < deadline => std::thread::sleep(RETRY),
+            Err(refusal) => {
+                let what = format!("mount the root image {device}");
+                return Err(BootError { what, why: refusal.to_string() });
+            }
+        }
+    }
+}
+
+/// Why the image could not be mounted.
+#[derive(Debug, thiserror::Error)]
+enum Refusal {
+    /// The node is there, the disk is not.
+    #[error("there is no disk behind its node")]
+    NoDisk,
+    /// What was tried, and what came of it.
+    #[error("{0}")]
+    All(String),
+}
+
+/// Tries the file systems, with DAX where the device is memory.
+fn try_types(device: &str, cmdline: &Cmdline) -> Result<(), Refusal> {
     let pmem = device.starts_with("/dev/pmem");
     let mut tried = Vec::new();
     for kind in &cmdline.types {
@@ -109,6 +139,8 @@ fn mount_lower(device: &str, cmdline: &Cmdline) -> Result<(), BootError> {
         for options in options {
             match mount(device, "/lower", kind.as_str(), MountFlags::RDONLY, *options) {
                 Ok(()) => return Ok(()),
+                // Not the next option instead: it would be mounted without DAX if the disk came meanwhile.
+                Err(rustix::io::Errno::NXIO) => return Err(Refusal::NoDisk),
                 Err(errno) => {
                     let words = options.to_string_lossy();
                     tried.push(format!("{kind} {words}: {}", io::Error::from(errno)));
@@ -116,5 +148,5 @@ fn mount_lower(device: &str, cmdline: &Cmdline) -> Result<(), BootError> {
             }
         }
     }
-    Err(BootError { what: format!("mount the root image {device}"), why: tried.join("; ") })
+    Err(Refusal::All(tried.join("; ")))
 }

@@ -177,7 +177,7 @@ fn a_time_limit_leaves_the_interpreter_usable() {
         let execution = py.execute(&limited, &mut |_| ()).unwrap();
         assert!(execution.timed_out(), "{code}: {execution:?}");
         assert!(execution.error.unwrap().traceback.contains("KeyboardInterrupt"));
-        assert!(!execution.lost && begun.elapsed() < Duration::from_secs(10));
+        assert!(!execution.lost && begun.elapsed() < Duration::from_secs(14));
         assert_eq!(value(&py, "kept"), "1", "{code}");
     }
     // In time: nothing happens afterwards.
@@ -208,7 +208,11 @@ fn an_interpreter_that_dies_is_replaced() {
     let execution = run(&py, "1 + 1");
     assert_eq!((execution.text(), execution.count), (Some("2"), 1));
     assert!(run(&py, "import os\nos.kill(os.getpid(), 9)").lost);
-    assert_eq!(agent.children().len(), 0);
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !agent.children().is_empty() {
+        assert!(Instant::now() < deadline, "it is not reaped");
+        std::thread::sleep(Duration::from_millis(5));
+    }
     assert_eq!(value(&py, "2"), "2");
 }
 

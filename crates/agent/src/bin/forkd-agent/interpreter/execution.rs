@@ -21,10 +21,10 @@ use crate::timers::TimerId;
 /// Content type of the answer: E2B's own.
 const LINES_TYPE: &str = "application/json";
 /// How long an interrupted execution may take to end before it is interrupted again: a program that
-/// was waiting in `os.system` for another one does not notice the first time.
+/// was waiting in `os.system` for another one does not notice the first time. Doubles each time.
 const GRACE: Duration = Duration::from_secs(1);
-/// How often it is interrupted before its interpreter is killed.
-const INTERRUPTS: u32 = 5;
+/// How often it is interrupted before its interpreter is killed: after 15 s.
+const INTERRUPTS: u32 = 4;
 
 /// Most bytes kept of what an interpreter writes before it is ready, to say why it never was.
 const MAX_EARLY: usize = 2048;
@@ -440,10 +440,10 @@ impl Agent {
         let (Some(execution), Some(python)) = (&mut context.current, &context.python) else {
             return;
         };
+        let grace = GRACE * (1 << execution.interrupts.min(INTERRUPTS));
         execution.interrupts += 1;
         self.timers.cancel(execution.grace);
-        let timer = Timer::ExecutionGrace(key, context.seq);
-        execution.grace = self.timers.after(GRACE, timer);
+        execution.grace = self.timers.after(grace, Timer::ExecutionGrace(key, context.seq));
         // Fails only if it has ended.
         let _ = kill::group(python.pid, libc::SIGINT);
     }

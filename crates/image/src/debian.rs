@@ -93,7 +93,7 @@ pub(crate) fn bootstrap(
         .arg(target)
         .args(&sources)
         .progress(&mut steps)
-        .finish(&format!("cannot build Debian {} from {}", recipe.suite, sources.join(", ")))
+        .finish(&format!("cannot build Debian {} from {}", recipe.suite, mirrors(&sources)))
         .map_err(|e| e.or_disk_full(target))?;
     // mmdebstrap's own leftovers, empty but in the way of equal bytes.
     for dir in ["var/cache/apt", "var/lib/apt/lists"] {
@@ -106,6 +106,17 @@ pub(crate) fn bootstrap(
         }
     }
     Ok(())
+}
+
+/// The addresses in lines of sources.list, each once.
+fn mirrors(sources: &[String]) -> String {
+    let mut addresses: Vec<&str> = sources
+        .iter()
+        .flat_map(|line| line.split_whitespace())
+        .filter(|word| word.contains("://"))
+        .collect();
+    addresses.dedup();
+    addresses.join(" and ")
 }
 
 /// What a line of mmdebstrap's tells of its progress.
@@ -133,7 +144,17 @@ fn step(line: &str) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
-    use super::step;
+    use super::{mirrors, step};
+
+    #[test]
+    fn mirrors_are_named_once() {
+        let lines = [
+            "deb [signed-by=/k] http://a b main",
+            "deb http://a b-updates main",
+            "deb http://c d main",
+        ];
+        assert_eq!(mirrors(&lines.map(str::to_string)), "http://a and http://c");
+    }
 
     #[test]
     fn steps_are_told_and_noise_is_not() {

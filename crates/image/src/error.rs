@@ -28,13 +28,13 @@ pub enum ImageError {
     },
     /// The file system is full.
     #[error(
-        "no space left on the file system of {path} ({free_mib} MiB free): free some, or set FORKD_HOME elsewhere"
+        "no space left on the file system of {path} ({detail}): free some, or set FORKD_HOME elsewhere"
     )]
     DiskFull {
         /// Where the space was needed.
         path: PathBuf,
-        /// What is free there, in MiB.
-        free_mib: u64,
+        /// What is free there, and what would be needed if that is known.
+        detail: String,
     },
     /// A file system operation failed.
     #[error("{what} {path}: {source}")]
@@ -96,6 +96,9 @@ pub enum ImageError {
     },
 }
 
+/// How the names of staging directories begin.
+pub(crate) const STAGING: &str = ".staging-";
+
 /// Free space below which a failed program is taken to have failed for lack of it.
 const FULL_BELOW_MIB: u64 = 4;
 
@@ -103,10 +106,7 @@ impl ImageError {
     /// Turns an I/O error on `path` into the error that tells the user most.
     pub(crate) fn io(what: &'static str, path: &Path, source: io::Error) -> Self {
         if source.kind() == io::ErrorKind::StorageFull {
-            return Self::DiskFull {
-                path: path.to_path_buf(),
-                free_mib: free_mib(path).unwrap_or(0),
-            };
+            return full(path, free_mib(path).unwrap_or(0), None);
         }
         Self::Io { what, path: path.to_path_buf(), source }
     }
@@ -114,12 +114,18 @@ impl ImageError {
     /// If the file system of `path` is full, that is why a program that writes there failed.
     pub(crate) fn or_disk_full(self, path: &Path) -> Self {
         match free_mib(path) {
-            Some(free_mib) if free_mib < FULL_BELOW_MIB => {
-                Self::DiskFull { path: path.to_path_buf(), free_mib }
-            }
+            Some(free_mib) if free_mib < FULL_BELOW_MIB => full(path, free_mib, None),
             _ => self,
         }
     }
+}
+
+fn full(path: &Path, free_mib: u64, need_mib: Option<u64>) -> ImageError {
+    // A staging directory is gone by the time the message is read.
+    let staged = |p: &Path| p.file_name().is_some_and(|n| n.to_string_lossy().starts_with(STAGING));
+    let path = path.ancestors().filter(|p| staged(p)).last().and_then(Path::parent).unwrap_or(path);
+    let need = need_mib.map(|need| format!(", {need} MiB needed")).unwrap_or_default();
+    ImageError::DiskFull { path: path.to_path_buf(), detail: format!("{free_mib} MiB free{need}") }
 }
 
 /// Free space for this user on the file system of `path`, in MiB; none if it can't be told.
@@ -131,9 +137,23 @@ pub(crate) fn free_mib(path: &Path) -> Option<u64> {
 /// Fails unless `need_mib` MiB are free on the file system of `path`.
 pub(crate) fn require_space(path: &Path, need_mib: u64) -> Result<(), ImageError> {
     match free_mib(path) {
-        Some(free_mib) if free_mib < need_mib => {
-            Err(ImageError::DiskFull { path: path.to_path_buf(), free_mib })
-        }
+        Some(free_mib) if free_mib < need_mib => Err(full(path, free_mib, Some(need_mib))),
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_disk_is_named_by_a_path_that_stays() {
+        let source = || io::Error::from(io::ErrorKind::StorageFull);
+        let error =
+            ImageError::io("cannot write", Path::new("/d/images/.staging-x/tree/etc"), source());
+        let text = error.to_string();
+        assert!(text.contains("of /d/images (") && text.contains("FORKD_HOME"), "{text}");
+        let error = full(Path::new("/d"), 7, Some(9)).to_string();
+        assert!(error.contains("7 MiB free, 9 MiB needed"), "{error}");
     }
 }

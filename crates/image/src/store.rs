@@ -22,11 +22,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::debian;
 use crate::erofs::{self, Times};
-use crate::error::ImageError;
+use crate::error::{ImageError, STAGING};
 use crate::recipe::Recipe;
 use crate::unpack;
 
-const STAGING: &str = ".staging-";
 /// Fewest digits of a digest that name an image.
 const MIN_PREFIX: usize = 6;
 const DIGEST_LEN: usize = 64;

@@ -168,20 +168,25 @@ fn next_line(reader: &mut BufReader<impl Read>) -> Option<String> {
     }
 }
 
-/// Of a failed program's last lines, those that most likely say why: errors first, else the last one.
+/// Of a failed program's last lines, the one that most likely says why. The first error is the cause, later ones
+/// are its consequences.
 fn telling_line(lines: &[String]) -> String {
-    let is_error = |line: &&String| {
-        ["E: ", "Err:", "error", "Error", "<E>"].iter().any(|mark| line.contains(mark))
+    // tar's last word, which says that there were others.
+    let lines: Vec<&String> =
+        lines.iter().filter(|l| !l.contains("due to previous errors")).collect();
+    let marked = |marks: &[&str]| {
+        let has_mark = |l: &&String| marks.iter().any(|mark| l.trim_start().starts_with(mark));
+        lines.iter().copied().find(has_mark)
     };
-    let errors: Vec<&str> = lines.iter().filter(is_error).map(|l| l.trim()).take(3).collect();
-    if !errors.is_empty() {
-        return errors.join("; ");
-    }
-    lines
-        .iter()
-        .rev()
-        .find(|l| !l.trim().is_empty())
-        .map_or_else(|| "it said nothing".to_string(), |line| line.trim().to_string())
+    // apt's and mmdebstrap's mark; erofs-utils'; what others have in common.
+    let line = marked(&["E: "])
+        .or_else(|| marked(&["<E>"]))
+        .or_else(|| lines.iter().copied().find(|l| l.to_lowercase().contains("error")))
+        .or_else(|| lines.iter().rev().copied().find(|l| !l.trim().is_empty()));
+    line.map_or_else(
+        || "it said nothing".to_string(),
+        |l| l.trim().trim_start_matches("E: ").to_string(),
+    )
 }
 
 #[cfg(test)]
@@ -200,12 +205,12 @@ mod tests {
     #[test]
     fn a_failure_carries_status_and_reason() {
         let error = Run::new(SH)
-            .args(["-c", "echo noise >&2; echo 'E: the reason' >&2; echo more >&2; exit 3"])
+            .args(["-c", "echo noise >&2; echo 'E: the reason' >&2; echo 'E: more' >&2; exit 3"])
             .finish("testing")
             .unwrap_err()
             .to_string();
         assert!(error.contains("testing") && error.contains("3"), "{error}");
-        assert!(error.contains("the reason") && !error.contains("noise"), "{error}");
+        assert!(error.ends_with(": the reason"), "{error}");
     }
 
     #[test]

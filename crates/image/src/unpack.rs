@@ -102,6 +102,7 @@ mod tests {
             fs::create_dir(&target).unwrap();
             let error = unpack(&path, &target).unwrap_err();
             assert!(matches!(&error, ImageError::Tar { path: p, .. } if *p == path), "{error}");
+            assert!(!error.to_string().contains("previous errors"), "{error}");
         }
     }
 

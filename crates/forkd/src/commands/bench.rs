@@ -6,6 +6,7 @@ mod stats;
 use std::process::{Command, ExitCode, Stdio};
 
 use anyhow::{Context, Result, bail};
+use forkd_api::types::Timing;
 use forkd_vm::Host;
 use serde::Serialize;
 
@@ -13,7 +14,7 @@ use crate::cleanup::{self, Guard};
 use crate::cli::OutputArgs;
 use crate::commands::bench_floor::Floor;
 use crate::commands::image::{self, PYTHON};
-use crate::commands::snapshot::{Plan, Warm, create};
+use crate::commands::snapshot::{Created, Plan, Warm, create, where_it_went};
 use crate::paths::Paths;
 use crate::process_memory::Anonymous;
 use crate::progress::Step;
@@ -82,6 +83,8 @@ struct Report {
     mem_mib: u32,
     resident: Anonymous,
     rounds: u32,
+    /// Time marks of the cold boot, if there was one.
+    boot: Option<Timing>,
     measures: Vec<Row>,
 }
 
@@ -100,13 +103,10 @@ impl Args {
             Some(_) => None,
             None => Some(self.make_snapshot(paths)?),
         };
-        let tag = self
-            .snapshot
-            .as_deref()
-            .or(made.as_ref().map(|(tag, _)| tag.as_str()))
-            .unwrap_or_default();
+        let created = made.as_ref().map(|(created, _)| created);
+        let tag = self.snapshot.as_deref().or(created.map(|c| c.tag.as_str())).unwrap_or_default();
         let source = registry::snapshot(paths, tag)?;
-        let report = self.measure(paths, &source)?;
+        let report = self.measure(paths, &source, created)?;
         drop(made);
         if quiet {
             output::json(&report)?;
@@ -117,9 +117,9 @@ impl Args {
     }
 
     /// Makes a snapshot that is removed with the guard.
-    fn make_snapshot(&self, paths: &Paths) -> Result<(String, Guard)> {
+    fn make_snapshot(&self, paths: &Paths) -> Result<(Created, Guard)> {
         let tag = format!("bench-{}", id::new()?.trim_start_matches("vm-"));
-        create(
+        let created = create(
             paths,
             &Plan {
                 tag: tag.clone(),
@@ -140,10 +140,10 @@ impl Args {
                 output::note(&format!("forkd: {}", output::error_line(&e)));
             }
         });
-        Ok((tag, guard))
+        Ok((created, guard))
     }
 
-    fn measure(&self, paths: &Paths, source: &Live) -> Result<Report> {
+    fn measure(&self, paths: &Paths, source: &Live, created: Option<&Created>) -> Result<Report> {
         let record = &source.record;
         let resident = Anonymous::of(record.pid)?;
         let step = Step::begin("floor: fork(2) and a bare KVM VM", self.output.json);
@@ -159,7 +159,8 @@ impl Args {
             mem_mib: record.mem_mib,
             resident,
             rounds: self.rounds,
-            measures: rows(&floor, &measures),
+            boot: created.map(|c| c.boot),
+            measures: rows(&floor, &measures, created),
         })
     }
 
@@ -182,7 +183,7 @@ impl Args {
     }
 }
 
-fn rows(floor: &Floor, measures: &Measures) -> Vec<Row> {
+fn rows(floor: &Floor, measures: &Measures, created: Option<&Created>) -> Vec<Row> {
     let ms = |ns: &[u64]| ns.iter().map(|n| *n as f64 / 1e6).collect::<Samples>();
     let total = ms(&floor.total_ns);
     let floor_p50 = total.summary().map(|s| s.p50);
@@ -194,6 +195,8 @@ fn rows(floor: &Floor, measures: &Measures) -> Vec<Row> {
             rows.push(Row { name: name.to_string(), unit, summary, ratio_to_floor, target });
         }
     };
+    let boot = created.map(|c| c.boot_ms as f64 / 1e3).into_iter().collect();
+    add("cold boot to agent", "s", &boot, false, Some("20 s"));
     add("floor: fork(2)", "ms", &ms(&floor.fork_ns), false, None);
     add("floor: KVM VM", "ms", &ms(&floor.kvm_ns), false, None);
     add("floor: both", "ms", &total, true, None);
@@ -224,6 +227,9 @@ impl Report {
             output::bytes(self.resident.huge),
             output::bytes(self.resident.small)
         ))?;
+        if let Some(boot) = &self.boot {
+            output::line(&format!("the cold boot's time went into: {}", where_it_went(boot)))?;
+        }
         let header = ["measure", "unit", "samples", "p50", "p99", "max", "x floor", "must reach"];
         let cells = self.measures.iter().map(|row| {
             vec![

@@ -100,6 +100,9 @@ impl Report {
     }
 }
 
+/// Name of the sum of all steps.
+pub const TOTAL: &str = "request to ready";
+
 /// The steps of a VM's coming to life, with the time each took.
 pub fn steps(timing: &Timing) -> Vec<(&'static str, String)> {
     let forked = timing.fork_end_ns > 0;
@@ -130,7 +133,7 @@ pub fn steps(timing: &Timing) -> Vec<(&'static str, String)> {
         }
     }
     if let Some(total) = output::between(timing.requested_ns, timing.ready_ns) {
-        rows.push(("request to ready", output::duration(total)));
+        rows.push((TOTAL, output::duration(total)));
     }
     rows
 }
@@ -159,7 +162,7 @@ mod tests {
         let steps = steps(&timing);
         assert_eq!(steps[1], ("fork", "2.00 ms".to_string()));
         assert_eq!(steps[3], ("vCPUs running", "1.00 ms".to_string()));
-        assert_eq!(steps.last().unwrap(), &("request to ready", "8.00 ms".to_string()));
+        assert_eq!(steps.last().unwrap(), &(TOTAL, "8.00 ms".to_string()));
         assert!(super::steps(&Timing::default()).is_empty());
     }
 }

@@ -8,7 +8,7 @@ use anyhow::{Result, bail};
 use clap::Subcommand;
 use serde::Serialize;
 
-pub use create::{Created, Plan, Warm, create};
+pub use create::{Created, Plan, Warm, create, where_it_went};
 
 use crate::cli::OutputArgs;
 use crate::commands::info::Report;

@@ -16,6 +16,7 @@ use crate::boot;
 use crate::cleanup::Guard;
 use crate::cli::OutputArgs;
 use crate::commands::image::PYTHON;
+use crate::commands::info::{TOTAL, steps};
 use crate::guest::{self, Guest};
 use crate::paths::Paths;
 use crate::progress::Step;
@@ -293,7 +294,7 @@ pub fn create(paths: &Paths, plan: &Plan) -> Result<Created> {
     let booted = boot::start(&config)?;
     let info = booted.wait_ready(Duration::from_secs(boot_timeout_s.into()))?;
     let boot_ms = millis(begun.elapsed());
-    step.done("");
+    step.done(&where_it_went(&info.timing));
 
     let mut warm_ms = 0;
     if let Some(warm) = &plan.warm {
@@ -357,6 +358,13 @@ fn run_warm(vm: &VmClient, warm: &Warm, quiet: bool) -> Result<()> {
         }
         None => Ok(()),
     }
+}
+
+/// The steps of a boot in one line.
+pub fn where_it_went(timing: &Timing) -> String {
+    let steps = steps(timing).into_iter().filter(|(name, _)| *name != TOTAL);
+    let steps: Vec<String> = steps.map(|(name, took)| format!("{name} {took}")).collect();
+    steps.join(", ")
 }
 
 fn millis(time: Duration) -> u64 {

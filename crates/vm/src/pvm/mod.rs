@@ -26,6 +26,8 @@ mod entry;
 mod error;
 mod exception;
 mod linear;
+#[cfg(test)]
+mod live_tests;
 mod metrics;
 mod probe;
 mod state;

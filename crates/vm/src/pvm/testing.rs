@@ -14,7 +14,7 @@ const USER_PD: u64 = 0x5000;
 const USER_PT: u64 = 0x6000;
 
 /// 8 MiB of RAM; 2 MiB of it mapped for the kernel, some pages for a user.
-pub(super) struct Tables(LinearMemory);
+pub(super) struct Tables(LinearMemory, GuestMemoryMmap<()>);
 
 impl Tables {
     /// Linear address of the kernel's 2 MiB.
@@ -28,7 +28,7 @@ impl Tables {
 
     pub fn new() -> Self {
         let ram = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 8 << 20)]).unwrap();
-        let tables = Self(LinearMemory::new(ram));
+        let tables = Self(LinearMemory::new(ram.clone()), ram);
         let table = pte::PRESENT | pte::WRITE;
         let user = table | pte::USER;
         tables.set(PML4 + 511 * 8, KERNEL_PDPT | table);
@@ -60,6 +60,10 @@ impl Tables {
 
     pub fn clear_kernel_entry(&self, address: u64) {
         self.set_kernel_entry(address, 0);
+    }
+
+    pub fn ram(&self) -> &GuestMemoryMmap<()> {
+        &self.1
     }
 
     pub fn memory(&self) -> &LinearMemory {

@@ -29,8 +29,9 @@ step_scripts() { shellcheck --severity=warning .ci/run .ci/*.sh packaging/*.sh g
 # The database of advisories is not among the package registries, so it is not asked.
 step_dependencies() {
     if ! command -v cargo-deny >/dev/null; then
+        # A debug build is there sooner, and quick enough for one graph.
         echo "installing cargo-deny (minutes, once)"
-        cargo install --locked --quiet cargo-deny
+        cargo install --debug --locked --quiet cargo-deny
     fi
     cargo deny --locked check bans licenses sources
 }

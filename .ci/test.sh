@@ -33,7 +33,7 @@ step_dependencies() {
         echo "installing cargo-deny (minutes, once)"
         cargo install --debug --locked --quiet cargo-deny
     fi
-    cargo deny --locked check bans licenses sources
+    cargo deny --locked check --hide-inclusion-graph bans licenses sources
 }
 
 step_build() {

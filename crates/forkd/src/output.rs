@@ -19,7 +19,7 @@ pub fn print(text: &str) -> Result<()> {
 /// Writes one line to standard output.
 ///
 /// # Errors
-/// As for [`print`].
+/// As for [`print()`].
 pub fn line(text: &str) -> Result<()> {
     write_all(format!("{text}\n").as_bytes())
 }
@@ -27,7 +27,7 @@ pub fn line(text: &str) -> Result<()> {
 /// Writes a value as JSON, indented, with a line end.
 ///
 /// # Errors
-/// As for [`print`].
+/// As for [`print()`].
 pub fn json<T: Serialize + ?Sized>(value: &T) -> Result<()> {
     let text = serde_json::to_string_pretty(value).context("cannot write the answer as JSON")?;
     line(&text)
@@ -36,7 +36,7 @@ pub fn json<T: Serialize + ?Sized>(value: &T) -> Result<()> {
 /// Writes bytes to standard output and flushes it.
 ///
 /// # Errors
-/// As for [`print`].
+/// As for [`print()`].
 pub fn write_all(bytes: &[u8]) -> Result<()> {
     let mut out = io::stdout().lock();
     match out.write_all(bytes).and_then(|()| out.flush()) {

@@ -86,8 +86,10 @@ docs: ## build the documentation of the code
 .PHONY: install
 install: build ## install forkd below PREFIX (/usr/local)
 	@install -D -m 755 $(FORKD) $(DESTDIR)$(PREFIX)/bin/forkd
-	@agent=$$(ls -t $(TARGET_DIR)/{$(MUSL),$(GNU)}/agent/forkd-agent 2>/dev/null | head -n 1); \
-	install -D -m 755 "$$agent" $(DESTDIR)$(PREFIX)/lib/forkd/forkd-agent
+	@for target in $(GNU) $(MUSL); do \
+		agent=$(TARGET_DIR)/$$target/agent/forkd-agent; \
+		if [[ -e $$agent ]]; then install -D -m 755 "$$agent" $(DESTDIR)$(PREFIX)/lib/forkd/forkd-agent; fi; \
+	done
 	@for shell in bash zsh fish; do \
 		case $$shell in \
 		bash) file=share/bash-completion/completions/forkd ;; \

@@ -68,7 +68,7 @@ fn environment_directory_and_user_are_as_asked(suite: &Suite) -> Result<()> {
         vm.exec_with(&options, &["/bin/sh", "-c", "echo $A; echo $B; pwd; id -un; id -gn"]).ok()?;
     ensure!(said.text() == "1 2\nx=y\n/usr/share\nnobody\nnogroup", "{}", said.text());
     let said = vm.exec(&["/bin/sh", "-c", "echo $A; id -u; echo $HOME; pwd"]).ok()?;
-    ensure!(said.text() == "0\n/root\n/root", "{}", said.text());
+    ensure!(said.text() == "\n0\n/root\n/root", "{}", said.text());
     Ok(())
 }
 

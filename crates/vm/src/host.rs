@@ -119,8 +119,8 @@ const REQUIRED: &[(Cap, &str)] = &[
     (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
     (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
     (Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR"),
-    (Cap::Pit2, "KVM_CAP_PIT2"),
-    (Cap::PitState2, "KVM_CAP_PIT_STATE2"),
+    (Cap::SplitIrqchip, "KVM_CAP_SPLIT_IRQCHIP"),
+    (Cap::SignalMsi, "KVM_CAP_SIGNAL_MSI"),
     (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID"),
     (Cap::MpState, "KVM_CAP_MP_STATE"),
     (Cap::VcpuEvents, "KVM_CAP_VCPU_EVENTS"),
@@ -257,7 +257,7 @@ mod tests {
     fn messages_name_the_thing_and_the_remedy() {
         assert!(HostError::Missing.to_string().contains("modprobe"));
         assert!(HostError::NotPermitted.to_string().contains("usermod"));
-        let caps = HostError::MissingCaps(vec!["KVM_CAP_IRQCHIP", "KVM_CAP_PIT2"]).to_string();
-        assert!(caps.contains("KVM_CAP_IRQCHIP, KVM_CAP_PIT2"), "{caps}");
+        let caps = HostError::MissingCaps(vec!["KVM_CAP_IRQCHIP", "KVM_CAP_XCRS"]).to_string();
+        assert!(caps.contains("KVM_CAP_IRQCHIP, KVM_CAP_XCRS"), "{caps}");
     }
 }

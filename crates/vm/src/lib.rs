@@ -21,6 +21,7 @@ pub mod clock;
 pub mod cmdline;
 mod cpuid;
 pub mod host;
+pub mod ioapic;
 pub mod kick;
 pub mod layout;
 pub mod msr;

@@ -20,13 +20,14 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::errno;
 
 use crate::host::Host;
+use crate::ioapic::{Interrupts, RaiseError};
 use crate::kick::{KickHandle, Siblings, Target};
 use crate::msr::MsrError;
 use crate::pvm;
 
 pub use state::{VCPU_STATE_VERSION, VcpuState};
 
-/// Where a guest's port and MMIO accesses go. Called on vCPU threads, several at once.
+/// Where a guest's port and MMIO accesses go, but for the IOAPIC's. Called on vCPU threads, several at once.
 pub trait ExitBus: Sync {
     /// The guest reads `data.len()` bytes (1, 2 or 4) from a port. Unclaimed ports read as all ones.
     fn pio_read(&self, port: u16, data: &mut [u8]);
@@ -129,23 +130,31 @@ fn suberror_name(suberror: u32) -> &'static str {
     }
 }
 
+/// What a vCPU shares with its VM.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub host: Host,
+    /// Number of vCPUs.
+    pub count: u8,
+    pub siblings: Arc<Siblings>,
+    pub interrupts: Arc<Interrupts>,
+}
+
 /// A virtual CPU.
 ///
 /// In a child of fork(2), an inherited `Vcpu` may only be dropped after [`crate::vm::Vm::abandon`]: its mapping of
 /// `kvm_run` stayed with the parent, and dropping would unmap whatever lies there by now.
 #[derive(Debug)]
 pub struct Vcpu {
-    host: Host,
+    shared: Shared,
     /// Not dropped if [`crate::vm::Vm::abandon`] has closed it.
     fd: ManuallyDrop<VcpuFd>,
     index: u8,
-    count: u8,
     /// MSRs that make up the state; empty until configured or restored.
     msrs: Vec<u32>,
     /// CPUID as the guest sees it; empty until configured or restored.
     cpuid: Vec<kvm_cpuid_entry2>,
     target: Arc<Target>,
-    siblings: Arc<Siblings>,
     assist: Option<pvm::VcpuAssist>,
     run_size: usize,
     /// KVM_RUN returned something that the next KVM_RUN completes.
@@ -163,15 +172,14 @@ impl Drop for Vcpu {
 
 impl Vcpu {
     pub(crate) fn new(
-        host: Host,
+        shared: Shared,
         mut fd: VcpuFd,
         index: u8,
-        count: u8,
-        siblings: Arc<Siblings>,
         mut assist: Option<pvm::VcpuAssist>,
     ) -> Result<Self, VcpuError> {
         let ioctl = |call| move |source| VcpuError::Ioctl { index, call, source };
-        let run_size = host.kvm().get_vcpu_mmap_size().map_err(ioctl("KVM_GET_VCPU_MMAP_SIZE"))?;
+        let run_size =
+            shared.host.kvm().get_vcpu_mmap_size().map_err(ioctl("KVM_GET_VCPU_MMAP_SIZE"))?;
         let raw = fd.as_raw_fd();
         let run = fd.get_kvm_run();
         let flag = NonNull::from(&mut run.immediate_exit);
@@ -186,16 +194,14 @@ impl Vcpu {
         if let Some(assist) = &mut assist {
             assist.attach(&mut fd).map_err(|source| VcpuError::Pvm { index, source })?;
         }
-        siblings.add(KickHandle(target.clone()));
+        shared.siblings.add(KickHandle(target.clone()));
         Ok(Self {
-            host,
+            shared,
             fd: ManuallyDrop::new(fd),
             index,
-            count,
             msrs: Vec::new(),
             cpuid: Vec::new(),
             target,
-            siblings,
             assist,
             run_size,
             unfinished: false,
@@ -237,8 +243,21 @@ impl Vcpu {
             self.unfinished = true;
             match self.fd.run() {
                 Ok(VcpuExit::IoIn(..) | VcpuExit::IoOut(..)) => self.pio(bus)?,
-                Ok(VcpuExit::MmioRead(addr, data)) => bus.mmio_read(addr, data),
-                Ok(VcpuExit::MmioWrite(addr, data)) => bus.mmio_write(addr, data),
+                Ok(VcpuExit::MmioRead(addr, data)) => {
+                    if Interrupts::claims(addr) {
+                        self.shared.interrupts.mmio_read(addr, data);
+                    } else {
+                        bus.mmio_read(addr, data);
+                    }
+                }
+                Ok(VcpuExit::MmioWrite(addr, data)) => {
+                    if Interrupts::claims(addr) {
+                        let result = self.shared.interrupts.mmio_write(addr, data);
+                        result.map_err(|e| raise_error(self.index, e))?;
+                    } else {
+                        bus.mmio_write(addr, data);
+                    }
+                }
                 Err(e) if e.errno() == libc::EINTR => {
                     self.unfinished = false;
                     if self.target.take() {
@@ -279,7 +298,7 @@ impl Vcpu {
         let outcome = remedy(assist, &mut self.fd)
             .map_err(|source| VcpuError::Pvm { index: self.index, source })?;
         if outcome == pvm::Outcome::KickOthers {
-            self.siblings.poke_others(&self.target);
+            self.shared.siblings.poke_others(&self.target);
         }
         Ok(())
     }
@@ -332,6 +351,15 @@ impl Vcpu {
     fn state_error(&self, reason: impl Into<String>) -> VcpuError {
         VcpuError::State { index: self.index, reason: reason.into() }
     }
+}
+
+/// The guest unmasked a line with an interrupt that waited, which KVM would not take.
+fn raise_error(index: u8, error: RaiseError) -> VcpuError {
+    let source = match error {
+        RaiseError::Signal(source) => source,
+        RaiseError::Gone | RaiseError::NoLine => errno::Error::new(libc::ENODEV),
+    };
+    VcpuError::Ioctl { index, call: "KVM_SIGNAL_MSI", source }
 }
 
 fn pvm_arm(assist: &mut pvm::VcpuAssist, fd: &mut VcpuFd) -> Result<pvm::Outcome, pvm::PvmError> {

@@ -1,7 +1,8 @@
-//! A KVM virtual machine: memory slots, interrupt controllers, timer, clock.
+//! A KVM virtual machine: memory slots, interrupt controller, clock.
 //!
-//! Order matters in [`Vm::new`]: memory slots are set before the interrupt controllers exist. Once they do,
-//! each slot waits for an SRCU grace period, which turns 0.2 ms into 5 to 10 ms.
+//! Order matters in [`Vm::new`]: memory slots are set before the interrupt controller exists. Once it does,
+//! each slot waits for an SRCU grace period, which turns 0.2 ms into 5 to 10 ms. Of the interrupt controller, KVM has
+//! the local APICs; the rest is [`crate::ioapic`].
 //!
 //! A VM belongs to the address space that created it, so it does not survive fork(2): the child calls
 //! [`Vm::abandon`] on what it inherited and builds a new one over the same RAM. [`IrqLine`]s that devices
@@ -11,8 +12,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use kvm_bindings::{
-    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_MEM_READONLY,
-    KVM_PIT_SPEAKER_DUMMY, kvm_clock_data, kvm_irqchip, kvm_pit_config, kvm_pit_state2,
+    KVM_CAP_SPLIT_IRQCHIP, KVM_MEM_READONLY, kvm_clock_data, kvm_enable_cap,
     kvm_userspace_memory_region,
 };
 use kvm_ioctls::VmFd;
@@ -22,10 +22,11 @@ use vmm_sys_util::errno;
 
 use crate::clock::{self, ClockShift};
 use crate::host::Host;
+use crate::ioapic::{Interrupts, IoapicState, RaiseError};
 use crate::kick::Siblings;
 use crate::layout;
 use crate::pvm;
-use crate::vcpu::{Vcpu, VcpuError};
+use crate::vcpu::{Shared, Vcpu, VcpuError};
 
 /// Version of [`VmState`]'s encoding.
 pub const VM_STATE_VERSION: u16 = 1;
@@ -75,6 +76,12 @@ pub enum VmError {
         /// The line.
         gsi: u32,
     },
+    /// There is no such interrupt line.
+    #[error("interrupt {gsi}: there are {} lines", layout::GSIS)]
+    NoLine {
+        /// The line.
+        gsi: u32,
+    },
 }
 
 /// A piece of this process's memory that is to be guest memory.
@@ -98,6 +105,7 @@ pub struct Vm {
     host: Host,
     fd: Arc<VmFd>,
     vcpus: u8,
+    interrupts: Arc<Interrupts>,
     lines: IrqLine,
     siblings: Arc<Siblings>,
     pvm: Option<Arc<pvm::Shared>>,
@@ -106,10 +114,8 @@ pub struct Vm {
 /// What is saved of a VM besides its vCPUs.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct VmState {
-    /// The two PICs and the IOAPIC.
-    pub irqchips: [kvm_irqchip; 3],
-    /// The PIT.
-    pub pit: kvm_pit_state2,
+    /// The IOAPIC.
+    pub ioapic: IoapicState,
     /// The guest's clock (kvmclock), in nanoseconds.
     pub clock_ns: u64,
     /// The host's TSC at the same instant.
@@ -123,14 +129,12 @@ impl VmState {
     }
 }
 
-const CHIPS: [u32; 3] = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC];
-
 fn ioctl(call: &'static str) -> impl Fn(errno::Error) -> VmError {
     move |source| VmError::Ioctl { call, source }
 }
 
 impl Vm {
-    /// Creates a VM over `slots`, with interrupt controllers and PIT, for `vcpus` vCPUs.
+    /// Creates a VM over `slots`, with an interrupt controller, for `vcpus` vCPUs.
     ///
     /// # Errors
     ///
@@ -144,10 +148,12 @@ impl Vm {
             return Err(VmError::Slots { asked: slots.len(), most: host.max_memslots() });
         }
         let fd = Arc::new(host.kvm().create_vm().map_err(ioctl("KVM_CREATE_VM"))?);
+        let interrupts = Interrupts::new(&fd);
         let vm = Self {
             host: host.clone(),
             vcpus,
-            lines: IrqLine(Arc::new(RwLock::new(Some(fd.clone())))),
+            lines: IrqLine(Arc::new(RwLock::new(Some(interrupts.clone())))),
+            interrupts,
             siblings: Arc::default(),
             pvm: host.is_pvm().then(pvm::Shared::new),
             fd,
@@ -159,9 +165,9 @@ impl Vm {
             .set_identity_map_address(layout::KVM_IDENTITY_MAP)
             .map_err(ioctl("KVM_SET_IDENTITY_MAP_ADDR"))?;
         vm.fd.set_tss_address(layout::KVM_TSS as usize).map_err(ioctl("KVM_SET_TSS_ADDR"))?;
-        vm.fd.create_irq_chip().map_err(ioctl("KVM_CREATE_IRQCHIP"))?;
-        let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
-        vm.fd.create_pit2(pit).map_err(ioctl("KVM_CREATE_PIT2"))?;
+        let mut split = kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, ..Default::default() };
+        split.args[0] = layout::GSIS.into();
+        vm.fd.enable_cap(&split).map_err(ioctl("KVM_ENABLE_CAP(KVM_CAP_SPLIT_IRQCHIP)"))?;
         Ok(vm)
     }
 
@@ -203,7 +209,13 @@ impl Vm {
             source,
         })?;
         let assist = self.pvm.as_ref().map(|s| pvm::VcpuAssist::new(ram.clone(), s.clone()));
-        Vcpu::new(self.host.clone(), fd, index, self.vcpus, self.siblings.clone(), assist)
+        let shared = Shared {
+            host: self.host.clone(),
+            count: self.vcpus,
+            siblings: self.siblings.clone(),
+            interrupts: self.interrupts.clone(),
+        };
+        Vcpu::new(shared, fd, index, assist)
     }
 
     /// Number of vCPUs this VM was made for.
@@ -218,7 +230,7 @@ impl Vm {
 
     /// Lets `line`, and all its clones, raise interrupts of this VM from now on.
     pub fn adopt(&mut self, line: &IrqLine) {
-        line.set_target(Some(self.fd.clone()));
+        line.connect(self.interrupts.clone());
         self.lines = line.clone();
     }
 
@@ -227,7 +239,7 @@ impl Vm {
         self.pvm.as_ref().map(|s| s.metrics())
     }
 
-    /// Saves interrupt controllers, PIT and clock. The vCPUs must be out of KVM_RUN.
+    /// Saves interrupt controller and clock. The vCPUs must be out of KVM_RUN.
     ///
     /// # Errors
     ///
@@ -235,13 +247,7 @@ impl Vm {
     pub fn save(&self) -> Result<VmState, VmError> {
         let clock = self.fd.get_clock().map_err(ioctl("KVM_GET_CLOCK"))?;
         let host_tsc = clock::host_tsc();
-        let mut irqchips = [kvm_irqchip::default(); 3];
-        for (chip, id) in irqchips.iter_mut().zip(CHIPS) {
-            chip.chip_id = id;
-            self.fd.get_irqchip(chip).map_err(ioctl("KVM_GET_IRQCHIP"))?;
-        }
-        let pit = self.fd.get_pit2().map_err(ioctl("KVM_GET_PIT2"))?;
-        Ok(VmState { irqchips, pit, clock_ns: clock.clock, host_tsc })
+        Ok(VmState { ioapic: self.interrupts.save(), clock_ns: clock.clock, host_tsc })
     }
 
     /// Restores what [`Vm::save`] saved, into a VM whose vCPUs exist and are restored. The guest's clock goes on
@@ -251,11 +257,7 @@ impl Vm {
     ///
     /// Names the ioctl that failed.
     pub fn restore(&self, state: &VmState) -> Result<(), VmError> {
-        for (chip, id) in state.irqchips.iter().zip(CHIPS) {
-            let chip = kvm_irqchip { chip_id: id, ..*chip };
-            self.fd.set_irqchip(&chip).map_err(ioctl("KVM_SET_IRQCHIP"))?;
-        }
-        self.fd.set_pit2(&state.pit).map_err(ioctl("KVM_SET_PIT2"))?;
+        self.interrupts.restore(&state.ioapic);
         // Without KVM_CLOCK_REALTIME the clock goes on from where it was saved: to the guest no time has passed.
         let clock = kvm_clock_data { clock: state.clock_ns, ..Default::default() };
         self.fd.set_clock(&clock).map_err(ioctl("KVM_SET_CLOCK"))
@@ -274,16 +276,9 @@ impl Vm {
     }
 }
 
-impl Drop for Vm {
-    fn drop(&mut self) {
-        // Only if the line was not adopted by another VM meanwhile.
-        self.lines.clear_target(&self.fd);
-    }
-}
-
 /// Raises interrupts of a VM. Clones share the VM.
 #[derive(Debug, Clone)]
-pub struct IrqLine(Arc<RwLock<Option<Arc<VmFd>>>>);
+pub struct IrqLine(Arc<RwLock<Option<Arc<Interrupts>>>>);
 
 impl IrqLine {
     /// A line of no VM yet: raising an interrupt fails until a VM adopts it ([`Vm::adopt`]).
@@ -292,35 +287,22 @@ impl IrqLine {
         Self(Arc::new(RwLock::new(None)))
     }
 
-    /// Raises and lowers an edge-triggered line.
+    /// Raises and lowers a line: one edge, one interrupt.
     ///
     /// # Errors
     ///
-    /// No VM is connected, or the kernel refuses the line.
+    /// No VM is connected, there is no such line, or KVM refuses.
     pub fn pulse(&self, gsi: u32) -> Result<(), VmError> {
-        self.set(gsi, true)?;
-        self.set(gsi, false)
-    }
-
-    /// Sets the level of a line.
-    ///
-    /// # Errors
-    ///
-    /// No VM is connected, or the kernel refuses the line.
-    pub fn set(&self, gsi: u32, level: bool) -> Result<(), VmError> {
         let target = self.0.read().unwrap_or_else(PoisonError::into_inner);
-        let fd = target.as_ref().ok_or(VmError::Unconnected { gsi })?;
-        fd.set_irq_line(gsi, level).map_err(ioctl("KVM_IRQ_LINE"))
+        let interrupts = target.as_ref().ok_or(VmError::Unconnected { gsi })?;
+        interrupts.raise(gsi).map_err(|e| match e {
+            RaiseError::Gone => VmError::Unconnected { gsi },
+            RaiseError::NoLine => VmError::NoLine { gsi },
+            RaiseError::Signal(source) => VmError::Ioctl { call: "KVM_SIGNAL_MSI", source },
+        })
     }
 
-    fn set_target(&self, fd: Option<Arc<VmFd>>) {
-        *self.0.write().unwrap_or_else(PoisonError::into_inner) = fd;
-    }
-
-    fn clear_target(&self, fd: &Arc<VmFd>) {
-        let mut target = self.0.write().unwrap_or_else(PoisonError::into_inner);
-        if target.as_ref().is_some_and(|t| Arc::ptr_eq(t, fd)) {
-            *target = None;
-        }
+    fn connect(&self, interrupts: Arc<Interrupts>) {
+        *self.0.write().unwrap_or_else(PoisonError::into_inner) = Some(interrupts);
     }
 }

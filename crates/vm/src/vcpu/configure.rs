@@ -27,12 +27,12 @@ impl Vcpu {
     ///
     /// Names the ioctl or MSR that failed.
     pub fn configure_boot(&mut self, entry: &BootEntry) -> Result<(), VcpuError> {
-        let cpuid = cpuid::for_vcpu(self.host.cpuid(), self.index, self.count);
+        let cpuid = cpuid::for_vcpu(self.shared.host.cpuid(), self.index, self.shared.count);
         self.fd.set_cpuid2(&cpuid).map_err(self.ioctl_error("KVM_SET_CPUID2"))?;
         self.cpuid = cpuid.as_slice().to_vec();
-        self.msrs = msr::usable(&self.fd, self.host.msrs()).map_err(self.msr_error())?;
+        self.msrs = msr::usable(&self.fd, self.shared.host.msrs()).map_err(self.msr_error())?;
         msr::write(&self.fd, &BOOT_MSRS).map_err(self.msr_error())?;
-        if self.host.is_pvm() && self.host.has_vcpu_attrs() {
+        if self.shared.host.is_pvm() && self.shared.host.has_vcpu_attrs() {
             clock::set_tsc_offset(&self.fd, 0)
                 .map_err(self.ioctl_error("KVM_SET_DEVICE_ATTR(KVM_VCPU_TSC_OFFSET)"))?;
         }

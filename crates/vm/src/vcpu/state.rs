@@ -82,7 +82,7 @@ impl Vcpu {
         let tsc_khz = self.fd.get_tsc_khz().map_err(self.ioctl_error("KVM_GET_TSC_KHZ"))?;
         let mut msrs = msr::read(&self.fd, &self.msrs).map_err(self.msr_error())?;
         keep_expired_deadline(&lapic, &mut msrs);
-        let tsc_offset = if self.host.has_vcpu_attrs() {
+        let tsc_offset = if self.shared.host.has_vcpu_attrs() {
             let call = "KVM_GET_DEVICE_ATTR(KVM_VCPU_TSC_OFFSET)";
             Some(clock::tsc_offset(&self.fd).map_err(self.ioctl_error(call))?)
         } else {
@@ -173,11 +173,11 @@ impl Vcpu {
         if state.msrs.len() > KVM_MAX_MSR_ENTRIES || state.cpuid.len() > KVM_MAX_CPUID_ENTRIES {
             return Err(self.state_error("too many MSRs or CPUID entries"));
         }
-        if state.xsave.len() != self.host.xsave_size() {
+        if state.xsave.len() != self.shared.host.xsave_size() {
             return Err(self.state_error(format!(
                 "XSAVE area of {} bytes, this host's is {}",
                 state.xsave.len(),
-                self.host.xsave_size()
+                self.shared.host.xsave_size()
             )));
         }
         if state.pvm.is_some() != self.assist.is_some() {
@@ -190,25 +190,25 @@ impl Vcpu {
         let host_khz = self.fd.get_tsc_khz().map_err(self.ioctl_error("KVM_GET_TSC_KHZ"))?;
         let (host, guest) = (u64::from(host_khz), u64::from(state.tsc_khz));
         if host.abs_diff(guest) * 1_000_000 > host * TSC_TOLERANCE_PPM {
-            if !self.host.has_tsc_control() {
+            if !self.shared.host.has_tsc_control() {
                 return Err(self.state_error(format!(
                     "its TSC runs at {guest} kHz, this host's at {host} kHz and cannot be scaled"
                 )));
             }
             self.fd.set_tsc_khz(state.tsc_khz).map_err(self.ioctl_error("KVM_SET_TSC_KHZ"))?;
         }
-        let Some(saved) = state.tsc_offset.filter(|_| self.host.has_vcpu_attrs()) else {
+        let Some(saved) = state.tsc_offset.filter(|_| self.shared.host.has_vcpu_attrs()) else {
             return Ok(());
         };
-        let offset = if self.host.is_pvm() { 0 } else { shift.apply(saved) };
+        let offset = if self.shared.host.is_pvm() { 0 } else { shift.apply(saved) };
         clock::set_tsc_offset(&self.fd, offset)
             .map_err(self.ioctl_error("KVM_SET_DEVICE_ATTR(KVM_VCPU_TSC_OFFSET)"))
     }
 
     fn save_xsave(&self) -> Result<Vec<u8>, VcpuError> {
-        let size = self.host.xsave_size();
+        let size = self.shared.host.xsave_size();
         let mut bytes = Vec::with_capacity(size);
-        if self.host.has_xsave2() {
+        if self.shared.host.has_xsave2() {
             let mut xsave = self.xsave_buffer()?;
             // SAFETY: the buffer is as long as KVM_CAP_XSAVE2 says.
             unsafe { self.fd.get_xsave2(&mut xsave) }
@@ -243,7 +243,7 @@ impl Vcpu {
 
     fn xsave_buffer(&self) -> Result<Xsave, VcpuError> {
         let fixed = size_of::<kvm_bindings::kvm_xsave>();
-        let extra = self.host.xsave_size().saturating_sub(fixed).div_ceil(4);
+        let extra = self.shared.host.xsave_size().saturating_sub(fixed).div_ceil(4);
         Xsave::new(extra).map_err(|_| self.state_error("no memory for an XSAVE area"))
     }
 }

@@ -15,6 +15,7 @@ pub mod lock;
 pub mod mmap;
 pub mod random;
 pub mod reactor;
+pub mod sched;
 pub mod scm;
 pub mod signal;
 pub mod spawn;

@@ -194,6 +194,11 @@ impl Host {
         self.0.pvm
     }
 
+    /// The time slice that vCPU threads should ask for, if not the host's default.
+    pub fn vcpu_slice(&self) -> Option<std::time::Duration> {
+        self.is_pvm().then_some(pvm::VCPU_SLICE)
+    }
+
     /// CPUID that KVM can give to a guest.
     pub fn cpuid(&self) -> &CpuId {
         &self.0.cpuid

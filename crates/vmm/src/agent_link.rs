@@ -128,6 +128,11 @@ impl AgentLink {
         Ok(())
     }
 
+    /// Whether a conversation is under way.
+    pub fn is_busy(&self) -> bool {
+        !matches!(self.state, State::Idle | State::Ready | State::Failed)
+    }
+
     /// Whether `token` is one of the link's.
     pub fn owns(&self, token: Token) -> bool {
         token == self.stream_token || token.0 + 1 == self.stream_token.0

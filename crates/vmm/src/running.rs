@@ -67,6 +67,8 @@ pub struct Running {
     pub(crate) phase: VmPhase,
     pub(crate) error: Option<String>,
     waiters: Vec<Waiter>,
+    /// A zygote that is wanted once the guest has rehearsed the fork notice.
+    rehearsing: Option<(RequestId, ChildSpec)>,
 }
 
 /// What [`Running::new`] puts together.
@@ -105,6 +107,7 @@ impl Running {
             phase: VmPhase::Starting,
             error: None,
             waiters: Vec::new(),
+            rehearsing: None,
         }
     }
 
@@ -223,7 +226,7 @@ impl Running {
             if let Some(event) = self.link.handle(&self.control.reactor, readiness)? {
                 self.on_link(event)?;
             }
-            return Ok(Flow::Go);
+            return self.after_rehearsal();
         }
         match self.control.handle(readiness)? {
             None | Some(Handled::Nothing) => Ok(Flow::Go),
@@ -303,12 +306,29 @@ impl Running {
                 self.send_notice(Reason::Boot)
             }
             LinkEvent::Ready => {
-                self.timing.ready_ns = monotonic_ns();
-                self.phase = VmPhase::Ready;
-                self.machine.set_gate(Gate::Open);
+                if self.phase == VmPhase::Starting {
+                    self.timing.ready_ns = monotonic_ns();
+                    self.phase = VmPhase::Ready;
+                    self.machine.set_gate(Gate::Open);
+                }
                 Ok(())
             }
             LinkEvent::Failed(why) => self.fail(why),
+        }
+    }
+
+    /// Forks the zygote that waited for the rehearsal, if the rehearsal is over.
+    fn after_rehearsal(&mut self) -> io::Result<Flow> {
+        if self.link.is_busy() {
+            return Ok(Flow::Go);
+        }
+        let Some((request, spec)) = self.rehearsing.take() else { return Ok(Flow::Go) };
+        match self.fork(request, vec![spec], Destiny::Zygote)? {
+            Ok(flow) => Ok(flow),
+            Err(Refusal { status, message }) => {
+                self.control.answer_fault(request, status, message)?;
+                Ok(Flow::Go)
+            }
         }
     }
 
@@ -376,7 +396,7 @@ impl Running {
             VmmAction::Zygote(request) => {
                 let spec =
                     ChildSpec { id: request.tag.clone(), name: request.tag, dir: request.dir };
-                return self.fork(id, vec![spec], Destiny::Zygote);
+                return self.rehearse(id, spec);
             }
             VmmAction::SetState(state) => return self.set_state(id, state),
             VmmAction::Act(Action::SendCtrlAltDel) => {
@@ -439,6 +459,20 @@ impl Running {
             }
         }
         self.control.answer_empty(id)?;
+        Ok(Ok(Flow::Go))
+    }
+
+    /// Has the guest go through a fork notice before it becomes a zygote: what that touches for the first
+    /// time (code of a DAX file, page tables, buffers) is then in place in every child, and not faulted in by
+    /// each. Without it, that was most of a child's way to its first answer.
+    fn rehearse(&mut self, id: RequestId, spec: ChildSpec) -> io::Result<Result<Flow, Refusal>> {
+        if self.phase != VmPhase::Ready || self.rehearsing.is_some() {
+            let why =
+                format!("the VM is {:?}: only one that is ready becomes a zygote", self.phase);
+            return Ok(Err(Refusal::new(409, why)));
+        }
+        self.rehearsing = Some((id, spec));
+        self.send_notice(Reason::Fork)?;
         Ok(Ok(Flow::Go))
     }
 

@@ -138,7 +138,7 @@ impl std::fmt::Debug for VcpuSet {
 }
 
 impl VcpuSet {
-    /// Starts one parked thread for each vCPU.
+    /// Starts one parked thread for each vCPU, with the time slice given, or else the host's default.
     ///
     /// # Errors
     /// A thread can't be made; those made before stay parked until the process ends.
@@ -146,6 +146,7 @@ impl VcpuSet {
         vcpus: Vec<Vcpu>,
         bus: &Arc<dyn ExitBus + Send + Sync>,
         waker: &Waker,
+        slice: Option<Duration>,
     ) -> Result<Self, VcpusError> {
         let slots: Vec<Arc<Slot>> = vcpus.into_iter().map(Slot::parked).collect();
         let mut set = Self { slots, threads: Vec::new() };
@@ -156,7 +157,7 @@ impl VcpuSet {
             let thread = std::thread::Builder::new()
                 .name(format!("vcpu{index}"))
                 .stack_size(STACK_BYTES)
-                .spawn(move || thread_main(&slot, bus.as_ref(), &waker))
+                .spawn(move || thread_main(&slot, bus.as_ref(), &waker, slice))
                 .map_err(|e| VcpusError::Spawn(index, e))?;
             set.threads.push(thread);
         }
@@ -277,7 +278,10 @@ impl VcpuSet {
     }
 }
 
-fn thread_main(slot: &Slot, bus: &dyn ExitBus, waker: &Waker) {
+fn thread_main(slot: &Slot, bus: &dyn ExitBus, waker: &Waker, slice: Option<Duration>) {
+    if let Some(Err(error)) = slice.map(forkd_sys::sched::set_slice) {
+        crate::log::line(&format!("vCPU {} keeps the host's time slice: {error}", slot.index));
+    }
     if let Err(error) = forkd_sys::signal::block_all_but_kick() {
         crate::log::line(&format!("vCPU {} cannot block signals: {error}", slot.index));
     }

@@ -59,6 +59,10 @@ pub use probe::active;
 pub use state::PvmState;
 pub use trampoline::{GPA as RESERVED_GPA, LEN as RESERVED_LEN};
 
+/// Time slice of vCPU threads. A guest that gets the CPU back has a timer tick waiting, which takes 2 ms of
+/// emulation. With the host's slice of 3 ms, a hundred guests that wake up at once spend most of their time on ticks.
+pub const VCPU_SLICE: std::time::Duration = std::time::Duration::from_millis(100);
+
 /// Longest instruction, in bytes.
 const INSTRUCTION_MAX: usize = 15;
 

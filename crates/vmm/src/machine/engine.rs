@@ -76,7 +76,7 @@ impl Engine {
 
     fn start(machine: &Machine, vm: Vm, vcpus: Vec<Vcpu>) -> Result<Self, VmmError> {
         let buses: Arc<dyn ExitBus + Send + Sync> = machine.buses.clone();
-        let vcpus = VcpuSet::spawn(vcpus, &buses, machine.waker())?;
+        let vcpus = VcpuSet::spawn(vcpus, &buses, machine.waker(), machine.host.vcpu_slice())?;
         Ok(Self { vm, vcpus })
     }
 

@@ -88,7 +88,8 @@ pub fn agent() -> Result<PathBuf> {
         let Some(path) = place.to_str().and_then(beside_binary) else { continue };
         // A plain `cargo build` leaves a dynamic one beside the binary, which can't be PID 1.
         if fs::read(&path).is_ok_and(|binary| initramfs::static_elf(&binary).is_ok()) {
-            return Ok(path);
+            return fs::canonicalize(&path)
+                .with_context(|| format!("cannot find {}", path.display()));
         }
     }
     bail!(

@@ -4,8 +4,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 
-/// Most threads. They wait for VMs and hardly compute, so this is not tied to the number of CPUs.
-const MAX_THREADS: usize = 64;
+/// Most threads. They wait for VMs and hardly compute, so the number of CPUs is no bound.
+const MAX_THREADS: usize = 128;
 
 /// Does `work` for each item; results are in the items' order.
 pub fn map<T: Sync, R: Send>(items: &[T], work: impl Fn(&T) -> R + Sync) -> Vec<R> {

@@ -194,6 +194,13 @@ impl Host {
         self.0.pvm
     }
 
+    /// How many forked guests should wake up at once, if there is a limit: a crowd of them gets nothing done where
+    /// kernel mode is emulated.
+    pub fn waking_limit(&self) -> Option<usize> {
+        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+        self.is_pvm().then_some(cpus + 1)
+    }
+
     /// The time slice that vCPU threads should ask for, if not the host's default.
     pub fn vcpu_slice(&self) -> Option<std::time::Duration> {
         self.is_pvm().then_some(pvm::VCPU_SLICE)

@@ -20,8 +20,11 @@ use forkd_sys::reactor::{Reactor, Readiness};
 
 use crate::agent_link::{AgentLink, HELLO_PORT, LinkEvent, NOTICE_PORT};
 use crate::control::{Control, Handled, tokens};
+use crate::fork::crowd::Token;
 use crate::fork::offspring::AnswerAs;
-use crate::fork::{Birth, Destiny, Forked, PauseClock, Quiesced, child, fork_all, report_pipes};
+use crate::fork::{
+    Birth, Destiny, Forked, PauseClock, Quiesced, child, crowd_of, fork_all, report_pipes,
+};
 use crate::machine::engine::Engine;
 use crate::machine::{Gate, Machine};
 use crate::process::{Next, VmmError, report, tell};
@@ -66,6 +69,8 @@ pub struct Running {
     pub(crate) announce: Announce,
     pub(crate) phase: VmPhase,
     pub(crate) error: Option<String>,
+    /// The right to wake up, until the agent has acknowledged.
+    pub(crate) waking: Option<Token>,
     waiters: Vec<Waiter>,
     /// A zygote that is wanted once the guest has rehearsed the fork notice.
     rehearsing: Option<(RequestId, ChildSpec)>,
@@ -106,6 +111,7 @@ impl Running {
             announce,
             phase: VmPhase::Starting,
             error: None,
+            waking: None,
             waiters: Vec::new(),
             rehearsing: None,
         }
@@ -300,6 +306,7 @@ impl Running {
     }
 
     fn on_link(&mut self, event: LinkEvent) -> io::Result<()> {
+        self.waking = None;
         match event {
             LinkEvent::Hello(_) => {
                 self.timing.agent_hello_ns = monotonic_ns();
@@ -489,6 +496,7 @@ impl Running {
             return Ok(Err(Refusal::new(409, why)));
         }
         let pipes = report_pipes(specs.len());
+        let crowd = crowd_of(specs.len(), self.machine.waking_limit());
         let mut clock = PauseClock::start();
         let quiesced = match self.quiesce(&mut clock) {
             Ok(quiesced) => quiesced,
@@ -498,7 +506,7 @@ impl Running {
                 return Ok(Err(Refusal::new(500, why)));
             }
         };
-        let delivered = match fork_all(&quiesced, specs, pipes, destiny, requested_ns) {
+        let delivered = match fork_all(&quiesced, specs, pipes, crowd, destiny, requested_ns) {
             Forked::Child(birth) => return Ok(Ok(Flow::Child(birth))),
             Forked::Source(delivered) => delivered,
         };

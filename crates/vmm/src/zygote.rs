@@ -15,7 +15,9 @@ use forkd_sys::clock::monotonic_ns;
 
 use crate::control::{Control, Handled};
 use crate::fork::offspring::AnswerAs;
-use crate::fork::{Birth, Destiny, Forked, Quiesced, SavedKvm, child, fork_all, report_pipes};
+use crate::fork::{
+    Birth, Destiny, Forked, Quiesced, SavedKvm, child, crowd_of, fork_all, report_pipes,
+};
 use crate::machine::Machine;
 use crate::process::{Next, VmmError};
 use crate::requests::{Refusal, VmmAction};
@@ -132,9 +134,10 @@ impl Zygote {
     fn fork(&mut self, request: RequestId, specs: Vec<ChildSpec>) -> io::Result<Flow> {
         let requested_ns = monotonic_ns();
         let pipes = report_pipes(specs.len());
+        let crowd = crowd_of(specs.len(), self.machine.waking_limit());
         // SAFETY: this process has one thread, which is here and holds no lock.
         let quiesced = unsafe { Quiesced::vouch(Arc::clone(&self.saved)) };
-        match fork_all(&quiesced, specs, pipes, Destiny::Vm, requested_ns) {
+        match fork_all(&quiesced, specs, pipes, crowd, Destiny::Vm, requested_ns) {
             Forked::Child(birth) => Ok(Flow::Child(birth)),
             Forked::Source(delivered) => {
                 let offspring = &mut self.control.offspring;

@@ -352,14 +352,15 @@ fn fault(context: &Context, address: u64, access: Access, code: u32) -> Unreacha
 /// The CPU has the instruction, and `pointer` is valid for reads and writes of 16 bytes and a multiple of 16.
 unsafe fn cmpxchg16b(pointer: *mut u8, expected: u128, new: u128) -> u128 {
     let (low, high): (u64, u64);
-    // SAFETY: as the caller promises. RBX is reserved by the compiler: it is swapped in and back.
+    // SAFETY: as the caller promises. RBX is reserved by the compiler: it is swapped in and back. No operand may
+    // be in it meanwhile, so each has a register by name.
     unsafe {
         std::arch::asm!(
-            "xchg {new_low}, rbx",
-            "lock cmpxchg16b [{pointer}]",
-            "mov rbx, {new_low}",
-            pointer = in(reg) pointer,
-            new_low = inout(reg) new as u64 => _,
+            "xchg rsi, rbx",
+            "lock cmpxchg16b [rdi]",
+            "mov rbx, rsi",
+            in("rdi") pointer,
+            inout("rsi") new as u64 => _,
             in("rcx") (new >> 64) as u64,
             inout("rax") expected as u64 => low,
             inout("rdx") (expected >> 64) as u64 => high,

@@ -10,6 +10,7 @@ use forkd_api::types::{ChildResult, Timing, VmRecord};
 use forkd_sys::clock::{monotonic_ns, realtime_ns};
 use forkd_sys::reactor::Reactor;
 
+use super::crowd::Crowd;
 use super::fds::{Disposition, Registry};
 use super::{Birth, Destiny};
 use crate::agent_link::AgentLink;
@@ -61,7 +62,7 @@ impl Stillborn {
 /// # Errors
 /// What could not be had, ready to be reported to the source.
 pub fn be_born(birth: Birth, inherited: Inherited) -> Result<Role, Box<Stillborn>> {
-    let Birth { spec, destiny, report, saved, mut timing } = birth;
+    let Birth { spec, destiny, report, saved, crowd, mut timing } = birth;
     let Inherited { mut machine, foreign, source } = inherited;
     let record = VmRecord {
         id: spec.id.clone(),
@@ -73,13 +74,14 @@ pub fn be_born(birth: Birth, inherited: Inherited) -> Result<Role, Box<Stillborn
         created_unix_ms: realtime_ns() / 1_000_000,
         ..source
     };
-    let born = let_go(&mut machine, foreign, &report).and_then(|()| match destiny {
-        Destiny::Vm => {
-            let engine = Engine::rebuild(&machine, &saved, &mut timing)?;
-            Newborn { machine, engine, dir: &spec.dir, record, timing }.settle_in()
-        }
-        Destiny::Zygote => settle_as_zygote(machine, saved, &spec.dir, record, timing),
-    });
+    let born =
+        let_go(&mut machine, foreign, &report, crowd.as_ref()).and_then(|()| match destiny {
+            Destiny::Vm => {
+                let engine = Engine::rebuild(&machine, &saved, &mut timing)?;
+                Newborn { machine, engine, dir: &spec.dir, record, crowd, timing }.settle_in()
+            }
+            Destiny::Zygote => settle_as_zygote(machine, saved, &spec.dir, record, timing),
+        });
     match (born, destiny) {
         (Ok(Role::Running(mut running)), _) => {
             running.announce = Announce::Source(report);
@@ -110,6 +112,7 @@ fn let_go(
     machine: &mut Machine,
     foreign: Option<Engine>,
     report: &io::PipeWriter,
+    crowd: Option<&Crowd>,
 ) -> Result<(), VmmError> {
     if let Some(engine) = foreign {
         engine.abandon_in_child();
@@ -119,6 +122,10 @@ fn let_go(
     let mut registry = Registry::new();
     machine.register_fds(&mut registry);
     registry.register(report, Disposition::Inherit, "report");
+    if let Some((reader, writer)) = crowd.map(Crowd::fds) {
+        registry.register(reader, Disposition::Inherit, "crowd");
+        registry.register(writer, Disposition::Inherit, "crowd");
+    }
     // SAFETY: the owners of all other fds were dropped: the source's control, run directory and link
     // before this function, its engine and the devices' host sides in it.
     unsafe { registry.sweep() }.map_err(VmmError::io("cannot close the source's fds"))?;
@@ -134,6 +141,7 @@ struct Newborn<'a> {
     engine: Engine,
     dir: &'a std::path::Path,
     record: VmRecord,
+    crowd: Option<Crowd>,
     timing: Timing,
 }
 
@@ -141,10 +149,14 @@ impl Newborn<'_> {
     /// Starts the vCPUs, then takes a run directory, sockets and logs: nobody can ask for those before
     /// the source has answered, while every microsecond before the vCPUs run is the fork's latency.
     fn settle_in(self) -> Result<Role, VmmError> {
-        let Self { machine, engine, dir, record, timing } = self;
+        let Self { machine, engine, dir, record, crowd, timing } = self;
         let reactor = Reactor::new().map_err(VmmError::io("cannot make an epoll set"))?;
         let link = AgentLink::new(&reactor, tokens::LINK)
             .map_err(VmmError::io("cannot make the agent link"))?;
+        let token = match crowd.map(Crowd::enter) {
+            Some(entered) => entered.map_err(VmmError::io("cannot wait for its turn"))?,
+            None => None,
+        };
         engine.vcpus.resume();
         let dir = RunDir::create(dir)?;
         let built = (|| {
@@ -165,6 +177,7 @@ impl Newborn<'_> {
         let announce = Announce::Nobody;
         let mut running =
             Running::new(Parts { control, machine, engine, dir, link, record, timing, announce });
+        running.waking = token;
         running.send_notice(Reason::Fork).map_err(VmmError::io("cannot send the fork notice"))?;
         running.machine.resume_devices();
         Ok(Role::Running(Box::new(running)))

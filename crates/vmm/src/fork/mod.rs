@@ -17,6 +17,7 @@
 #![allow(unsafe_code)]
 
 pub mod child;
+pub mod crowd;
 pub mod fds;
 pub mod offspring;
 
@@ -27,6 +28,8 @@ use forkd_api::types::{ChildSpec, SourcePause, Timing};
 use forkd_sys::clock::monotonic_ns;
 use forkd_sys::fork::{Child, Fork};
 use forkd_vm::{VcpuState, VmState};
+
+use self::crowd::Crowd;
 
 /// State that KVM holds and fork(2) does not copy. Everything else of a VM is process memory.
 #[derive(Debug)]
@@ -81,6 +84,8 @@ pub struct Birth {
     pub report: io::PipeWriter,
     /// KVM's state at the fork.
     pub saved: Arc<SavedKvm>,
+    /// What it waits at before it wakes up.
+    pub crowd: Option<Crowd>,
     /// Marks so far.
     pub timing: Timing,
 }
@@ -110,11 +115,20 @@ pub fn report_pipes(count: usize) -> Vec<io::Result<(io::PipeReader, io::PipeWri
     (0..count).map(|_| io::pipe()).collect()
 }
 
+/// The crowd that `count` children make, if there is a limit to those that wake up at once and they exceed it.
+pub fn crowd_of(count: usize, limit: Option<usize>) -> Option<Crowd> {
+    let limit = limit.filter(|limit| count > *limit)?;
+    Crowd::new(limit)
+        .inspect_err(|e| crate::log::line(&format!("children wake up all at once: {e}")))
+        .ok()
+}
+
 /// Forks one child for each spec. One that can't be forked does not keep the others from being.
 pub fn fork_all(
     quiesced: &Quiesced,
     specs: Vec<ChildSpec>,
     pipes: Vec<io::Result<(io::PipeReader, io::PipeWriter)>>,
+    crowd: Option<Crowd>,
     destiny: Destiny,
     requested_ns: u64,
 ) -> Forked {
@@ -131,7 +145,7 @@ pub fn fork_all(
                     let timing =
                         Timing { requested_ns, fork_begin_ns, fork_end_ns, ..Timing::default() };
                     let saved = Arc::clone(&quiesced.saved);
-                    let birth = Birth { spec, destiny, report: writer, saved, timing };
+                    let birth = Birth { spec, destiny, report: writer, saved, crowd, timing };
                     return Forked::Child(Box::new(birth));
                 }
             },

@@ -22,9 +22,10 @@ use forkd_sys::reactor::{Interest, Reactor, Readiness, Token};
 
 use super::Delivered;
 
-/// How long a batch of children has to report that they run. A hundred at once on two busy cores take
-/// well under a second.
-const REPORT_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long a batch of children has to report that they run, and how much longer for each child of it:
+/// where they wake up a few at a time, each takes a fraction of a second.
+const REPORT_TIMEOUT: Duration = Duration::from_secs(60);
+const REPORT_TIMEOUT_EACH: Duration = Duration::from_secs(2);
 
 /// Longest report in bytes: a pipe takes this much in one write(2) without blocking.
 const REPORT_MAX: usize = 4096;
@@ -111,7 +112,7 @@ impl Offspring {
             form,
             results: vec![None; count],
             source: None,
-            deadline: Instant::now() + REPORT_TIMEOUT,
+            deadline: Instant::now() + REPORT_TIMEOUT + REPORT_TIMEOUT_EACH * count as u32,
         };
         self.batches.insert(id, batch);
         id
@@ -179,7 +180,7 @@ impl Offspring {
         } else if let Some(mut living) = self.living.remove(&token) {
             reactor.remove(&living.pidfd)?;
             living.child.wait()?;
-            forget_dir(&living.dir);
+            forget_dir(&living.dir, living.child.pid());
             Ok(())
         } else {
             Ok(())
@@ -231,7 +232,7 @@ impl Offspring {
             // Its pipe closes, which takes it out of epoll; the pidfd brings its end.
             if let Some(report) = self.reports.remove(&token) {
                 self.kill(report.pid);
-                let why = format!("it did not run within {REPORT_TIMEOUT:?}: killed");
+                let why = "it did not run in time: killed".to_owned();
                 self.settle(id, report.index, failed(&report.spec.id, Some(report.pid), why));
             }
         }
@@ -255,9 +256,11 @@ impl Offspring {
     }
 }
 
-/// Removes the run directory of a child that ended without doing so.
-fn forget_dir(dir: &std::path::Path) {
-    if dir.exists() && !crate::run_dir::is_alive(dir) {
+/// Removes the run directory of a child that ended without doing so. The record says whose it is: a child that
+/// failed because the path was taken must not take what was there along.
+fn forget_dir(dir: &std::path::Path, pid: u32) {
+    let its_own = crate::run_dir::read_record(dir).is_ok_and(|record| record.pid == pid);
+    if its_own && !crate::run_dir::is_alive(dir) {
         // Best effort: the next CLI verb sweeps what can't be removed now, and says why it can't.
         let _ = std::fs::remove_dir_all(dir);
     }

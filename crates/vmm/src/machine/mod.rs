@@ -1,7 +1,7 @@
 //! A VM's machine: RAM, root image, buses, devices. Everything that fork(2) copies.
 //!
 //! A child keeps all of it as it is in memory. What binds it to a process is replaced: the waker
-//! (an eventfd is shared over fork), the interrupt line (the child's [`Engine`](engine::Engine) takes it
+//! (an eventfd is shared over fork), the interrupt line (the child's [`Engine`] takes it
 //! over), vsock's host side, and the log's file.
 
 pub mod config;
@@ -266,6 +266,11 @@ impl Machine {
     /// The waker of the event loop.
     pub fn waker(&self) -> &Waker {
         self.wiring.waker()
+    }
+
+    /// How many children may wake up at once on this host, if that is limited.
+    pub fn waking_limit(&self) -> Option<usize> {
+        self.host.waking_limit()
     }
 
     /// True once the guest has asked for a reset through the keyboard controller.

@@ -92,7 +92,7 @@ impl Measures {
     }
 
     fn one_child(&mut self, paths: &Paths, source: &Live) -> Result<()> {
-        let brood = Brood::fork(paths, source, 1)?;
+        let brood = Brood::fork(paths, source, 1, Some(WAIT))?;
         let child = brood.first()?;
         let pid = child.pid.context("a child has no process")?;
         push_ms(&mut self.running_ms, child.to_running());
@@ -100,7 +100,7 @@ impl Measures {
         let before = ProcessMemory::of(pid)?;
         // The walk of page tables above is not part of the time to the answer.
         let begun = monotonic_ns();
-        ask_number(paths, child, 7)?;
+        ask_number(brood.client()?, 7)?;
         let answered = Duration::from_nanos(monotonic_ns().saturating_sub(begun));
         push_ms(&mut self.answer_ms, child.to_ready().map(|ready| ready + answered));
         let after = ProcessMemory::of(pid)?;
@@ -118,7 +118,7 @@ impl Measures {
         rounds: u32,
         step: &mut Step,
     ) -> Result<()> {
-        let parents = Brood::fork(paths, source, 1)?;
+        let parents = Brood::fork(paths, source, 1, Some(WAIT))?;
         let parent = parents.first()?;
         let live = parents.live(paths, parent)?;
         let begun = Guest::of(&live.client).eval(BUSY, Some(WAIT), &mut |_, _| Ok(()))?;
@@ -127,7 +127,8 @@ impl Measures {
         }
         for round in 0..rounds {
             step.at(&format!("{} of {rounds}", round + 1));
-            let branches = Brood::fork(paths, &live, 1)?;
+            // Nobody uses the branch: the source's pause is over when its vCPUs run.
+            let branches = Brood::fork(paths, &live, 1, None)?;
             push_ms(&mut self.branch_ms, branches.first()?.to_running());
             if let Some(pause) = &branches.forked.pause {
                 self.pause_ms.push(pause.pause_us as f64 / 1e3);
@@ -139,11 +140,14 @@ impl Measures {
 
     fn many_children(&mut self, paths: &Paths, source: &Live) -> Result<()> {
         let begun = Instant::now();
-        let brood = Brood::fork(paths, source, self.many)?;
-        let numbered: Vec<(usize, &Child)> = brood.forked.children.iter().enumerate().collect();
-        parallel::map(&numbered, |(n, child)| ask_number(paths, child, *n))
-            .into_iter()
-            .collect::<Result<()>>()?;
+        // Each is asked as soon as it is ready; none waits for the others.
+        let brood = Brood::fork(paths, source, self.many, None)?;
+        let numbered: Vec<(usize, &(VmClient, u32))> = brood.clients.iter().enumerate().collect();
+        let answers = parallel::map(&numbered, |(n, (client, _))| {
+            client.wait_ready(WAIT).with_context(|| client.who().to_string())?;
+            ask_number(client, *n)
+        });
+        answers.into_iter().collect::<Result<()>>()?;
         self.many_s.push(begun.elapsed().as_secs_f64());
         brood.end()
     }
@@ -152,7 +156,7 @@ impl Measures {
         let begun = Instant::now();
         while begun.elapsed() < SUSTAIN {
             let batch = Instant::now();
-            Brood::fork(paths, source, BATCH)?.end()?;
+            Brood::fork(paths, source, BATCH, Some(WAIT))?.end()?;
             self.per_second.push(BATCH as f64 / batch.elapsed().as_secs_f64());
         }
         Ok(())
@@ -160,12 +164,11 @@ impl Measures {
 }
 
 /// Lets a child compute a number of its own.
-fn ask_number(paths: &Paths, child: &Child, number: usize) -> Result<()> {
-    let client = VmClient::new(&paths.vm(&child.id), &child.id);
+fn ask_number(client: &VmClient, number: usize) -> Result<()> {
     let code = format!("{number} + 1");
-    let answer = Guest::of(&client).eval(&code, Some(WAIT), &mut |_, _| Ok(()))?;
+    let answer = Guest::of(client).eval(&code, Some(WAIT), &mut |_, _| Ok(()))?;
     if answer.result.as_deref() != Some((number + 1).to_string().as_str()) {
-        bail!("{} answered {:?} to {code}", child.id, answer.result);
+        bail!("{} answered {:?} to {code}", client.who(), answer.result);
     }
     Ok(())
 }
@@ -178,8 +181,8 @@ struct Brood {
 }
 
 impl Brood {
-    fn fork(paths: &Paths, source: &Live, count: usize) -> Result<Self> {
-        let forked = fork(paths, source, &Request { count, name: None, wait: Some(WAIT) })?;
+    fn fork(paths: &Paths, source: &Live, count: usize, wait: Option<Duration>) -> Result<Self> {
+        let forked = fork(paths, source, &Request { count, name: None, wait })?;
         let clients: Vec<(VmClient, u32)> = forked
             .living()
             .filter_map(|c| Some((VmClient::new(&paths.vm(&c.id), &c.id), c.pid?)))
@@ -199,6 +202,10 @@ impl Brood {
 
     fn first(&self) -> Result<&Child> {
         self.forked.children.first().context("a fork gave no child")
+    }
+
+    fn client(&self) -> Result<&VmClient> {
+        Ok(&self.clients.first().context("a fork gave no child")?.0)
     }
 
     fn live(&self, paths: &Paths, child: &Child) -> Result<Live> {

@@ -4,10 +4,10 @@
 //! are then missing, and made up for here:
 //!
 //! - Instructions that the emulator lacks (KVM_EXIT_INTERNAL_ERROR). The instruction at RIP is decoded by iced-x86 and
-//!   done by [`emulate`] on the vCPU's registers, memory and extended state.
-//! - System calls. See [`entry`].
+//!   done by `emulate` on the vCPU's registers, memory and extended state.
+//! - System calls. See `entry`.
 //!
-//! Memory is reached by a page walk of our own ([`linear`]), which raises the guest's own page fault where a page is
+//! Memory is reached by a page walk of our own (`linear`), which raises the guest's own page fault where a page is
 //! missing. Registers come and go with KVM_RUN, so that most remedies need no further ioctl.
 //!
 //! ```text

@@ -22,9 +22,7 @@ use crate::agent_link::{AgentLink, HELLO_PORT, LinkEvent, NOTICE_PORT};
 use crate::control::{Control, Handled, tokens};
 use crate::fork::crowd::Token;
 use crate::fork::offspring::AnswerAs;
-use crate::fork::{
-    Birth, Destiny, Forked, PauseClock, Quiesced, child, crowd_of, fork_all, report_pipes,
-};
+use crate::fork::{Birth, Destiny, Forked, PauseClock, child, crowd_of, fork_all, report_pipes};
 use crate::machine::engine::Engine;
 use crate::machine::{Gate, Machine};
 use crate::process::{Next, VmmError, report, tell};
@@ -498,7 +496,7 @@ impl Running {
         let pipes = report_pipes(specs.len());
         let crowd = crowd_of(specs.len(), self.machine.waking_limit());
         let mut clock = PauseClock::start();
-        let quiesced = match self.quiesce(&mut clock) {
+        let quiesced = match self.engine.quiesce(&mut clock) {
             Ok(quiesced) => quiesced,
             Err(error) => {
                 self.go_on();
@@ -529,10 +527,6 @@ impl Running {
         if self.phase != VmPhase::Paused {
             self.engine.vcpus.resume();
         }
-    }
-
-    fn quiesce(&mut self, clock: &mut PauseClock) -> Result<Quiesced, VmmError> {
-        self.engine.quiesce(clock)
     }
 }
 

@@ -59,28 +59,6 @@ impl Registry {
             .collect()
     }
 
-    /// Open fds of this process that nobody registered; for tests and diagnosis.
-    ///
-    /// # Errors
-    /// /proc/self/fd can't be read.
-    pub fn unregistered(&self) -> io::Result<Vec<RawFd>> {
-        let mut found = Vec::new();
-        for entry in std::fs::read_dir("/proc/self/fd")? {
-            let entry = entry?;
-            // The directory's own fd shows up as well, and is gone when this returns.
-            let target = std::fs::read_link(entry.path()).unwrap_or_default();
-            if target.starts_with("/proc") {
-                continue;
-            }
-            let fd = entry.file_name().to_string_lossy().parse::<RawFd>().unwrap_or(-1);
-            if fd >= 0 && !self.entries.contains_key(&fd) {
-                found.push(fd);
-            }
-        }
-        found.sort_unstable();
-        Ok(found)
-    }
-
     /// In a forked child: closes everything but what is inherited.
     ///
     /// # Safety

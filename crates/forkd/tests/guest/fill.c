@@ -1,10 +1,9 @@
-/* Memory filled to the last page that can be had.
+/* Memory filled, as far as the kernel lets a process have it.
  *
  *   fill start FILE KEEP_MIB   fills all but KEEP_MIB of what is available, in the background; prints its pid
- *   fill check FILE            has every page verified by the process that holds them; prints pages and the highest
- *                              physical page frame among them
+ *   fill check FILE            has every page verified by the process that holds them; prints how many they are
  *
- * Every page holds its own address and number. Its physical place is read from /proc/self/pagemap. */
+ * Every page holds its own number. */
 #define _GNU_SOURCE
 #include "guest.h"
 
@@ -19,7 +18,7 @@
 #define HUGE (2ul << 20)
 
 struct fill {
-    volatile uint64_t filled, ask, answered, bad, pages, highest;
+    volatile uint64_t filled, ask, answered, bad, pages;
 };
 
 static uint64_t available_kib(void) {
@@ -33,25 +32,6 @@ static uint64_t available_kib(void) {
     return kib;
 }
 
-/* The highest frame that holds one of these pages. */
-static uint64_t highest_frame(uintptr_t memory, uint64_t pages) {
-    static uint64_t entries[512];
-    uint64_t highest = 0;
-    int pagemap = open("/proc/self/pagemap", O_RDONLY);
-    if (pagemap < 0) die("open /proc/self/pagemap");
-    for (uint64_t page = 0; page < pages; page += 512) {
-        uint64_t count = pages - page < 512 ? pages - page : 512;
-        off_t at = (memory / PAGE + page) * 8;
-        if (pread(pagemap, entries, count * 8, at) != (ssize_t)(count * 8)) die("read /proc/self/pagemap");
-        for (uint64_t i = 0; i < count; i++) {
-            uint64_t frame = entries[i] & ((1ull << 55) - 1);
-            if (frame > highest) highest = frame;
-        }
-    }
-    close(pagemap);
-    return highest;
-}
-
 __attribute__((noreturn)) static void hold(struct fill *fill, uint64_t *memory, uint64_t pages) {
     const uint64_t words = PAGE / 8;
     uint64_t seen = 0;
@@ -59,7 +39,6 @@ __attribute__((noreturn)) static void hold(struct fill *fill, uint64_t *memory, 
         memory[page * words] = page * 0x9e3779b97f4a7c15ull;
         memory[page * words + words - 1] = ~page;
     }
-    fill->highest = highest_frame((uintptr_t)memory, pages);
     fill->pages = pages;
     fill->filled = 1;
     for (;;) {
@@ -96,6 +75,6 @@ int fill_main(int argc, char **argv) {
     uint64_t ask = ++fill->ask;
     while (fill->answered != ask) pause_ms();
     if (fill->bad) wrong("%lu of %lu pages are not what was written", fill->bad, fill->pages);
-    printf("%lu %lu\n", fill->pages, fill->highest);
+    printf("%lu\n", fill->pages);
     return 0;
 }

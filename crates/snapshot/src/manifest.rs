@@ -286,16 +286,21 @@ impl Manifest {
     /// It cannot be read, is of a later format, or damaged.
     pub fn read(dir: &Path) -> Result<Self, SnapshotError> {
         let path = dir.join(MANIFEST);
-        let bytes = read_whole(&path, MAX_MANIFEST)?;
-        let damaged = |what: &dyn std::fmt::Display| SnapshotError::damaged(&path, what);
-        let FormatOnly { format } = serde_json::from_slice(&bytes).map_err(|e| damaged(&e))?;
+        Self::parse(&read_whole(&path, MAX_MANIFEST)?, &path)
+    }
+
+    /// `path` is for errors.
+    fn parse(bytes: &[u8], path: &Path) -> Result<Self, SnapshotError> {
+        let damaged = |what: &dyn std::fmt::Display| SnapshotError::damaged(path, what);
+        let FormatOnly { format } = serde_json::from_slice(bytes).map_err(|e| damaged(&e))?;
         if format > FORMAT {
+            let path = path.to_owned();
             return Err(SnapshotError::Format { path, found: format, supported: FORMAT });
         }
         if format != FORMAT {
             return Err(damaged(&format_args!("there never was a format {format}")));
         }
-        let manifest: Self = serde_json::from_slice(&bytes).map_err(|e| damaged(&e))?;
+        let manifest: Self = serde_json::from_slice(bytes).map_err(|e| damaged(&e))?;
         let root = manifest.root_of();
         if root != manifest.root {
             let said = manifest.root;

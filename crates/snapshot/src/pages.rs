@@ -116,7 +116,7 @@ impl PageMap {
     }
 
     fn restore(saved: PageMapV1) -> Result<Self, &'static str> {
-        if saved.len % PAGE_SIZE != 0 || saved.len > MAX_FILE {
+        if !saved.len.is_multiple_of(PAGE_SIZE) || saved.len > MAX_FILE {
             return Err("a file has an impossible length");
         }
         let pages = saved.len / PAGE_SIZE;
@@ -197,7 +197,7 @@ impl Maps {
 
 /// A range of bytes as pages, if it is one of whole pages below `len`.
 pub(crate) fn page_range(range: &Range<u64>, len: u64) -> Result<Range<u64>, String> {
-    if range.start % PAGE_SIZE != 0 || range.end % PAGE_SIZE != 0 {
+    if !range.start.is_multiple_of(PAGE_SIZE) || !range.end.is_multiple_of(PAGE_SIZE) {
         return Err(format!("{:#x}..{:#x} is not of whole pages", range.start, range.end));
     }
     if range.start > range.end || range.end > len {
@@ -255,7 +255,7 @@ mod tests {
         let hash = [0; 32];
         let forged = [
             PageMapV1 { len: 100, ..good() },
-            PageMapV1 { len: u64::MAX & !0xfff, ..good() },
+            PageMapV1 { len: !0xfff, ..good() },
             PageMapV1 { runs: vec![(u64::MAX, 2, false)], ..good() },
             PageMapV1 { runs: vec![(1, u64::MAX, false)], ..good() },
             PageMapV1 { runs: vec![(3, 3, false)], ..good() },

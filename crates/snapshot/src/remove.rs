@@ -55,10 +55,11 @@ impl Family {
         let mut intended = Vec::new();
         for writer in &hidden {
             let parent = writer.intent().and_then(|intent| intent.parent);
-            if let Some(parent) = parent.filter(|_| !ready.contains_key(&writer.tag)) {
-                if writer.is_alive()? {
-                    intended.push((writer.tag.clone(), parent));
-                }
+            let Some(parent) = parent.filter(|_| !ready.contains_key(&writer.tag)) else {
+                continue;
+            };
+            if writer.is_alive()? {
+                intended.push((writer.tag.clone(), parent));
             }
         }
         Ok(Self { ready, guessed, hidden, intended })

@@ -124,7 +124,7 @@ impl Staged {
     }
 
     fn paged(&self, path: PathBuf, shape: Shape) -> Result<PageWriter, SnapshotError> {
-        if shape.len % PAGE_SIZE != 0 || shape.len > MAX_FILE {
+        if !shape.len.is_multiple_of(PAGE_SIZE) || shape.len > MAX_FILE {
             let what = format!("a length of {} bytes is not possible", shape.len);
             return Err(SnapshotError::misuse(&path, what));
         }
@@ -246,9 +246,9 @@ impl Staged {
             let what = format!("{} bytes are not {} MiB", memory.len(), facts.mem_mib);
             return Err(SnapshotError::misuse(memory.path(), what));
         }
-        memory.sync()?;
+        memory.finish()?;
         for disk in &self.disks {
-            disk.sync()?;
+            disk.finish()?;
         }
         let maps =
             Maps { memory: memory.map(), disks: self.disks.iter().map(PageWriter::map).collect() };

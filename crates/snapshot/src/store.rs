@@ -105,7 +105,7 @@ pub(crate) struct Hidden {
 
 impl Hidden {
     pub(crate) fn is_alive(&self) -> Result<bool, SnapshotError> {
-        Ok(is_held(&self.dir.join(LOCK)).map_err(SnapshotError::Io)?)
+        is_held(&self.dir.join(LOCK)).map_err(SnapshotError::Io)
     }
 
     pub(crate) fn intent(&self) -> Option<Intent> {

@@ -9,7 +9,7 @@
 
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
@@ -287,7 +287,7 @@ fn check_block(
     Ok(block_hash(&job.pages, &hash_of) == expected)
 }
 
-fn read(file: &File, path: &PathBuf, bytes: &mut [u8], at: u64) -> Result<(), SnapshotError> {
+fn read(file: &File, path: &Path, bytes: &mut [u8], at: u64) -> Result<(), SnapshotError> {
     file.read_exact_at(bytes, at).map_err(|e| {
         let block = at / BLOCK_SIZE;
         SnapshotError::damaged(path, format_args!("block {block} cannot be read: {e}"))

@@ -1,14 +1,14 @@
 //! Writes the pages of a layer's file, from any thread and in any order.
 //!
 //! Pages are hashed from the caller's buffer, on the caller's thread: what goes wrong on the way to
-//! the disk is found later, because nothing is read back to be hashed. No lock is held while a page
-//! is hashed or written.
+//! the disk is found later, because nothing is read back to be hashed. No writer waits for another
+//! while pages are hashed or written.
 
 use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 
 use rustix::io::Errno;
 
@@ -58,6 +58,8 @@ struct Inner {
     shape: Shape,
     blocks: Vec<Mutex<Block>>,
     written: AtomicU64,
+    /// No more is written: what is published must not change. Writers share it while they write.
+    sealed: RwLock<bool>,
 }
 
 /// Writes pages. Clones write the same file.
@@ -78,8 +80,8 @@ impl PageWriter {
         let file =
             io.create(&path, shape.len).map_err(|e| SnapshotError::io("create", &path, e))?;
         let blocks = (0..block_count(shape.len)).map(|_| Mutex::default()).collect();
-        let (tag, written) = (tag.to_string(), AtomicU64::new(0));
-        Ok(Self(Arc::new(Inner { io, file, path, home, tag, shape, blocks, written })))
+        let (tag, written, sealed) = (tag.to_string(), AtomicU64::new(0), RwLock::new(false));
+        Ok(Self(Arc::new(Inner { io, file, path, home, tag, shape, blocks, written, sealed })))
     }
 
     /// Length of the file in bytes.
@@ -96,12 +98,14 @@ impl PageWriter {
     /// on the disk; in a diff they count as changed to zero. The bytes must not change during the call.
     ///
     /// # Errors
-    /// [`SnapshotError::Misuse`] if the range is not of whole pages within the file,
+    /// [`SnapshotError::Misuse`] if the range is not of whole pages within the file, or the snapshot is
+    /// being committed or was,
     /// [`SnapshotError::Cancelled`] if the snapshot was deleted, [`SnapshotError::DiskFull`], or the
     /// file cannot be written.
     pub fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), SnapshotError> {
         let end = offset.saturating_add(bytes.len() as u64);
         self.0.check(&(offset..end))?;
+        let _open = self.0.open()?;
         let mut rest = bytes;
         let mut at = offset;
         while !rest.is_empty() {
@@ -119,6 +123,7 @@ impl PageWriter {
     /// As [`PageWriter::write`].
     pub fn write_zero(&self, range: Range<u64>) -> Result<(), SnapshotError> {
         self.0.check(&range)?;
+        let _open = self.0.open()?;
         let mut at = range.start;
         while at < range.end {
             let end = range.end.min((at / BLOCK_SIZE + 1) * BLOCK_SIZE);
@@ -152,7 +157,9 @@ impl PageWriter {
         map
     }
 
-    pub(crate) fn sync(&self) -> Result<(), SnapshotError> {
+    /// Waits for writes at work, refuses later ones, and makes the file durable.
+    pub(crate) fn finish(&self) -> Result<(), SnapshotError> {
+        *self.0.sealed.write().unwrap_or_else(PoisonError::into_inner) = true;
         let Inner { io, file, path, .. } = &*self.0;
         io.sync_file(file, path).map_err(|e| SnapshotError::io("sync", path, e))
     }
@@ -171,6 +178,17 @@ impl Inner {
     fn check(&self, range: &Range<u64>) -> Result<(), SnapshotError> {
         page_range(range, self.shape.len).map_err(|e| SnapshotError::misuse(&self.path, e))?;
         Ok(())
+    }
+
+    fn open(&self) -> Result<RwLockReadGuard<'_, bool>, SnapshotError> {
+        let sealed = self.sealed.read().unwrap_or_else(PoisonError::into_inner);
+        if *sealed {
+            return Err(SnapshotError::misuse(
+                &self.path,
+                "it is complete, nothing is written now",
+            ));
+        }
+        Ok(sealed)
     }
 
     /// Counts bytes, and looks now and then whether the snapshot still has a place.

@@ -1,6 +1,8 @@
 //! Chains against a model: whatever layers are written, what is resolved is what a plain byte array
 //! would hold, and what the compacted snapshot holds.
 
+#![allow(clippy::expect_used)]
+
 mod support;
 
 use forkd_snapshot::*;
@@ -135,7 +137,7 @@ fn a_read_may_begin_and_end_anywhere() {
     put(&store, "base", None, 1, &pages([(1, 1), (2, 2), (9, 3)]), &pages([])).expect("base");
     put(&store, "top", Some("base"), 1, &pages([(2, 0), (3, 4)]), &pages([])).expect("top");
     let memory = store.load("top", Verification::Always).expect("load").memory;
-    let model = over(&[0; MIB], &pages([(1, 1), (3, 4), (9, 3)]));
+    let model = over(&vec![0; MIB], &pages([(1, 1), (3, 4), (9, 3)]));
     for (from, len) in [(0, 1), (4095, 2), (5000, 9000), (12287, 4098), (MIB - 3, 3), (MIB, 0)] {
         let mut bytes = vec![7; len];
         memory.read_at(from as u64, &mut bytes).expect("read");

@@ -4,6 +4,8 @@
 //!
 //! No libtest here: the processes that are killed are this program again, told so by the environment.
 
+#![allow(clippy::expect_used, clippy::print_stdout)]
+
 mod support;
 
 use std::io::{BufRead, BufReader, Write};
@@ -182,7 +184,6 @@ macro_rules! forward {
     };
 }
 
-use forkd_snapshot::io::Io as _;
 use forkd_snapshot::io::Renaming;
 use std::fs::File;
 
@@ -245,7 +246,7 @@ fn a_writer_in_another_process() -> usize {
     store.remove("slow", Removal::Plain).expect("remove");
     put(&store, "slow", None, 1, &pages([(0, 2)]), &pages([])).expect("put");
     assert_eq!(go_on(child), "cancelled");
-    assert_eq!(memory_of(&store, "slow"), over(&[0; MIB], &pages([(0, 2)])));
+    assert_eq!(memory_of(&store, "slow"), over(&vec![0; MIB], &pages([(0, 2)])));
     store.remove("slow", Removal::Plain).expect("remove");
     // Killed: failed at once, and never ready.
     let mut child = begin();

@@ -4,6 +4,8 @@
 //!
 //! To write those of a new version: `cargo test -p forkd-snapshot --test golden -- --ignored write`.
 
+#![allow(clippy::expect_used)]
+
 mod support;
 
 use std::collections::BTreeMap;
@@ -70,8 +72,8 @@ fn copy_of(version: u32) -> tempfile::TempDir {
 fn version_1_loads() {
     let dir = copy_of(1);
     let store = Store::open(dir.path()).expect("open");
-    assert_eq!(memory_of(&store, "base"), over(&[0; MIB], &base().0));
-    let expected = over(&over(&[0; MIB], &base().0), &diff().0);
+    assert_eq!(memory_of(&store, "base"), over(&vec![0; MIB], &base().0));
+    let expected = over(&over(&vec![0; MIB], &base().0), &diff().0);
     for tag in ["diff", "flat"] {
         let loaded = store.load(tag, Verification::Always).expect(tag);
         assert!(bytes_of(&loaded.memory) == expected, "{tag}");

@@ -54,7 +54,7 @@ pub fn publishes(index: usize) -> Option<&'static str> {
 }
 
 fn content(under: &[u8], (memory, disk): (Pages, Pages)) -> Content {
-    (over(under, &memory), over(&[0; super::DISK_BYTES as usize], &disk))
+    (over(under, &memory), over(&vec![0; super::DISK_BYTES as usize], &disk))
 }
 
 /// What there is after so many steps.

@@ -33,6 +33,7 @@ mod staged;
 mod store;
 mod tree;
 mod verify;
+mod wait;
 mod writer;
 
 pub use chain::{Extent, Info, Loaded, MAX_DEPTH, Resolved, SourceFile, Verification};

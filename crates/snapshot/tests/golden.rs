@@ -4,7 +4,7 @@
 //!
 //! To write those of a new version: `cargo test -p forkd-snapshot --test golden -- --ignored write`.
 
-#![allow(clippy::expect_used)]
+#![allow(clippy::expect_used, clippy::single_range_in_vec_init)]
 
 mod support;
 

@@ -1,6 +1,6 @@
 //! The life of snapshots in a store: who sees what when, and who may remove what.
 
-#![allow(clippy::expect_used)]
+#![allow(clippy::expect_used, clippy::single_range_in_vec_init)]
 
 mod support;
 
@@ -123,7 +123,7 @@ fn what_cannot_be_written_is_refused() {
     misuse(memory.write(100, &page(1)), "whole pages");
     misuse(memory.write(0, &[1; 100]), "whole pages");
     misuse(memory.write(MIB as u64, &page(1)), "within");
-    misuse(memory.write(u64::MAX & !0xfff, &page(1)), "0x");
+    misuse(memory.write(!0xfff, &page(1)), "0x");
     misuse(memory.write_zero(0..2 * MIB as u64), "within");
     misuse(staged.disk(4096, false).map(drop), "whole");
     misuse(staged.commit(facts(1, Mode::Full)).map(drop), "state");
@@ -434,4 +434,42 @@ fn a_drop_deletes_nothing() {
     let (_dir, store) = setup();
     drop(store.stage("a", None).expect("stage"));
     assert_eq!(hidden(store.dir()).len(), 1);
+}
+
+#[test]
+fn what_is_being_written_can_be_waited_for() {
+    use std::time::{Duration, Instant};
+    let long = Duration::from_secs(60);
+    type End = fn(Staged, &Store);
+    type Expected = fn(Result<Snapshot, SnapshotError>) -> bool;
+    let ends: [(End, Expected); 4] = [
+        (|staged, _| drop(staged.commit(facts(1, Mode::Live)).expect("commit")), |r| r.is_ok()),
+        (
+            |staged, _| staged.fail("no more").expect("fail"),
+            |r| matches!(r, Err(SnapshotError::Failed { reason, .. }) if reason == "no more"),
+        ),
+        (
+            // As if it died.
+            |staged, _| drop(staged),
+            |r| matches!(r, Err(SnapshotError::Failed { reason, .. }) if reason.contains("ended")),
+        ),
+        (
+            |_staged, store| drop(store.remove("a", Removal::Plain).expect("remove")),
+            |r| matches!(r, Err(SnapshotError::NotFound(_))),
+        ),
+    ];
+    for (end, expected) in ends {
+        let (_dir, store) = setup();
+        let mut staged = store.stage("a", None).expect("stage");
+        fill(&mut staged, 1, &pages([(0, 1)]), &pages([])).expect("fill");
+        let soon = store.wait("a", Duration::from_millis(5));
+        assert!(matches!(soon, Err(SnapshotError::Writing(_))), "the time is up");
+        std::thread::scope(|scope| {
+            let waiter = scope.spawn(|| store.wait("a", long));
+            let start = Instant::now();
+            end(staged, &store);
+            assert!(expected(waiter.join().expect("no panic")));
+            assert!(start.elapsed() < long / 2, "it did not wait for the limit");
+        });
+    }
 }

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Builds forkd's guest kernel from Debian's kernel source and forkd.config.
+# Builds forkd's guest kernel from Debian's kernel source, patches/ and forkd.config.
 #
 #   guest/kernel/build.sh          build unless cached; the last line of stdout is the path of vmlinux
 #   FORKD_JOBS=2 guest/kernel/build.sh
 #
 # The result is cached under ${FORKD_CACHE:-${XDG_CACHE_HOME:-~/.cache}/forkd}/kernels/<digest>/, where
-# the digest covers the config, the version of the source package, and RECIPE. kernels/current points
+# the digest covers the config, the patches, the version of the source package, and RECIPE. kernels/current points
 # to the newest. All progress goes to stderr. README.md tells more.
 set -euo pipefail
 
@@ -13,12 +13,13 @@ set -euo pipefail
 readonly RECIPE=1
 readonly SOURCE_PACKAGE=linux-source-6.12
 readonly SOURCE_TAR=/usr/src/$SOURCE_PACKAGE.tar.xz
-readonly BUILD_PACKAGES=(bc binutils bison flex gcc libc6-dev libelf-dev libssl-dev make perl xz-utils)
+readonly BUILD_PACKAGES=(bc binutils bison flex gcc libc6-dev libelf-dev libssl-dev make patch perl xz-utils)
 # Room for the unpacked source and the objects.
 readonly NEED_MIB=2500
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 readonly FRAGMENT=$here/forkd.config
+readonly PATCHES=("$here"/patches/*.patch)
 readonly CACHE=${FORKD_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/forkd}
 readonly KERNELS=$CACHE/kernels
 
@@ -77,7 +78,7 @@ fail_with_log() {
 digest_for() {
     {
         printf '%s\n%s\n' "$RECIPE" "$1"
-        cat "$FRAGMENT"
+        cat "$FRAGMENT" "${PATCHES[@]}"
     } | sha256sum | cut -c1-16
 }
 
@@ -171,6 +172,12 @@ say "unpacking $SOURCE_TAR"
 tar -C "$staging" -xf "$SOURCE_TAR" --strip-components=1 --one-top-level=source \
     --exclude='*/arch/*/boot/dts' --exclude='*/drivers/gpu/drm/amd/*.h' --exclude='*/drivers/gpu/drm/*.c' \
     --exclude='*/tools/testing' --exclude='*/tools/perf' >"$log" 2>&1 || fail_with_log "cannot unpack $SOURCE_TAR"
+
+for patch in "${PATCHES[@]}"; do
+    say "applying ${patch##*/}"
+    # No fuzz: a hunk that has to be guessed at is one to look at.
+    patch -d "$staging/source" -p1 --fuzz=0 --batch <"$patch" >"$log" 2>&1 || fail_with_log "${patch##*/} does not apply to $SOURCE_PACKAGE $version"
+done
 
 jobs=${FORKD_JOBS:-$(nproc)}
 object=$staging/object

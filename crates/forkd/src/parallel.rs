@@ -9,6 +9,15 @@ const MAX_THREADS: usize = 128;
 
 /// Does `work` for each item; results are in the items' order.
 pub fn map<T: Sync, R: Send>(items: &[T], work: impl Fn(&T) -> R + Sync) -> Vec<R> {
+    map_by(MAX_THREADS, items, work)
+}
+
+/// The same by at most `threads` threads, for work that keeps CPUs busy elsewhere.
+pub fn map_by<T: Sync, R: Send>(
+    threads: usize,
+    items: &[T],
+    work: impl Fn(&T) -> R + Sync,
+) -> Vec<R> {
     let next = AtomicUsize::new(0);
     let results: Mutex<Vec<(usize, R)>> = Mutex::new(Vec::with_capacity(items.len()));
     let run = || {
@@ -21,7 +30,7 @@ pub fn map<T: Sync, R: Send>(items: &[T], work: impl Fn(&T) -> R + Sync) -> Vec<
     };
     thread::scope(|scope| {
         // This thread works as well, so all gets done even where no thread can be made.
-        for _ in 1..items.len().min(MAX_THREADS) {
+        for _ in 1..items.len().min(threads).min(MAX_THREADS) {
             if thread::Builder::new().stack_size(512 << 10).spawn_scoped(scope, run).is_err() {
                 break;
             }

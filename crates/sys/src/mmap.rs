@@ -279,6 +279,31 @@ impl Mapping {
         self.advise(offset, len, Advice::LinuxPopulateRead)
     }
 
+    /// Maps, for reading, those pages of the range that are in memory already (`mincore(2)`): nothing is read
+    /// from a disk, as far as this process may know what is in the page cache. Returns their number.
+    ///
+    /// # Errors
+    /// As for [`Mapping::populate_write`].
+    pub fn populate_resident(&self, offset: usize, len: usize) -> io::Result<usize> {
+        let start = self.range(offset, len)?;
+        let page = page_size();
+        let mut resident = vec![0u8; len.div_ceil(page)];
+        // SAFETY: the range is within this mapping, and the vector has a byte for each of its pages.
+        if unsafe { libc::mincore(start.cast(), len, resident.as_mut_ptr()) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let mut first = 0;
+        // The lowest bit tells; the others are reserved.
+        for run in resident.chunk_by(|a, b| a & 1 == b & 1) {
+            if run[0] & 1 == 1 {
+                let at = first * page;
+                self.populate_read(offset + at, (run.len() * page).min(len - at))?;
+            }
+            first += run.len();
+        }
+        Ok(resident.iter().filter(|byte| *byte & 1 == 1).count())
+    }
+
     /// Takes write access away from the whole mapping, for good.
     ///
     /// # Errors
@@ -329,6 +354,20 @@ mod tests {
 
     fn small() -> Mapping {
         Mapping::anonymous(8192, AnonymousOptions::default()).expect("a mapping")
+    }
+
+    #[test]
+    fn what_is_resident_gets_mapped() {
+        let page = page_size();
+        let mut file = tempfile::tempfile().expect("a file");
+        file.write_all(&vec![7; 3 * page]).expect("write");
+        let mapping = Mapping::file_shared_readonly(&file, 0, 3 * page).expect("map");
+        assert_eq!(mapping.populate_resident(0, 3 * page).expect("populate"), 3);
+        assert_eq!(mapping.populate_resident(page, 2 * page).expect("populate"), 2);
+        assert!(mapping.populate_resident(page, 3 * page).is_err());
+        let anonymous = Mapping::anonymous(4 * page, AnonymousOptions::default()).expect("map");
+        anonymous.write_at(page, &[1]).expect("write");
+        assert_eq!(anonymous.populate_resident(0, 4 * page).expect("populate"), 1);
     }
 
     #[test]

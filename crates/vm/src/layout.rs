@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! 0            .. 0x9fc00      RAM: GDT, boot params, page tables, command line
-//! 0x9fc00      .. 0x100000     reserved: MP table, ACPI tables, vmgenid page
+//! 0x9fc00      .. 0x100000     reserved: MP table, ACPI tables, vmgenid page, random seed
 //! 0x100000     .. min(RAM,3G)  RAM
 //! 0xc0000000   .. 4G           MMIO: virtio-mmio slots, IOAPIC, KVM's own pages, LAPIC
 //! 4G           ..              the rest of RAM; pmem above it, aligned to 1 GiB
@@ -29,8 +29,6 @@ pub const BOOT_STACK: u64 = 0x8ff0;
 pub const BOOT_PML4: u64 = 0x9000;
 /// The kernel's command line.
 pub const CMDLINE: u64 = 0x20000;
-/// Seed of the kernel's random numbers, as a `setup_data` record.
-pub const RNG_SEED: u64 = 0x21000;
 /// Room for the command line with its NUL, in bytes. Linux on x86 keeps 2048 (`COMMAND_LINE_SIZE`).
 pub const CMDLINE_MAX: usize = 2048;
 
@@ -49,6 +47,9 @@ pub const ACPI_MAX: u64 = VMGENID_PAGE - ACPI_RSDP;
 pub const VMGENID_PAGE: u64 = 0xf_0000;
 /// Length of the page that holds the VM generation id.
 pub const VMGENID_LEN: u64 = 0x1000;
+/// Seed of the kernel's random numbers, as a `setup_data` record. Not in what is RAM to the kernel: there the record
+/// would split a range of its memory map, and early code walks that map for each page table entry.
+pub const RNG_SEED: u64 = VMGENID_PAGE + VMGENID_LEN;
 /// Start of the RAM above the first megabyte.
 pub const HIGH_RAM_START: u64 = 0x10_0000;
 

@@ -191,10 +191,8 @@ fn generation_id() -> Vec<u8> {
                 "_EVT".into(),
                 1,
                 true,
-                vec![&aml::If::new(
-                    &aml::Equal::new(&aml::Arg(0), &layout::GED_GSI),
-                    vec![&aml::Notify::new(&aml::Path::new("\\_SB_.VGEN"), &VMGENID_CHANGED)],
-                )],
+                // The device has one interrupt: no need to look at which it was.
+                vec![&aml::Notify::new(&aml::Path::new("\\_SB_.VGEN"), &VMGENID_CHANGED)],
             ),
         ],
     )));

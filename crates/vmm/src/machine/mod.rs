@@ -432,6 +432,15 @@ impl Machine {
             .map_err(|e| VmmError::Setup("cannot drop the source's connections", e.into()))
     }
 
+    /// In a zygote: maps what the page cache holds of the root image. Its children's pages of it are then shared with
+    /// the zygote as well, and nothing that one child maps counts as its alone.
+    ///
+    /// # Errors
+    /// The kernel refuses; nothing depends on it but the accounting.
+    pub fn share_root(&self) -> io::Result<usize> {
+        self.root.file.populate_resident(0, self.root.file.len())
+    }
+
     /// In a child: listens at its own socket.
     ///
     /// # Errors

@@ -88,9 +88,18 @@ def _forkd_main():
     _signal.default_int_handler = on_interrupt
     _signal.signal(_signal.SIGINT, on_interrupt)
 
+    # The kernel is asked for one block of its generator: where it is emulated, each more costs a millisecond.
+    try:
+        from _sha3 import shake_256
+
+        def entropy(count):
+            return shake_256(os.urandom(32)).digest(count)
+    except ImportError:
+        entropy = os.urandom
+
     # Everything that draws random numbers from a state in this process, rather than from the kernel.
     def reseed():
-        seed = os.urandom(160)
+        seed = entropy(160)
         module = modules.get("random")
         if module is not None:
             module.seed(seed[:64])

@@ -190,6 +190,11 @@ fn calm_housekeeping() -> io::Result<()> {
         ("/proc/sys/vm/compaction_proactiveness", "0"),
         // Folding of per-CPU memory statistics, which reads of them do anyway: every 1 s -> every 2 min.
         ("/proc/sys/vm/stat_interval", "120"),
+        // Small pages are made huge behind their owner's back every 10 s. Page faults make huge ones by themselves.
+        ("/sys/kernel/mm/transparent_hugepage/khugepaged/scan_sleep_millisecs", "600000"),
+        // Neighbours that some driver asked to have probed; there are none: every 5 s -> every hour.
+        ("/proc/sys/net/ipv4/neigh/default/interval_probe_time_ms", "3600000"),
+        ("/proc/sys/net/ipv6/neigh/default/interval_probe_time_ms", "3600000"),
     ] {
         match std::fs::write(setting, value) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}

@@ -13,6 +13,7 @@
 pub mod backend;
 pub mod error;
 pub mod layout;
+pub mod memfd;
 pub mod ram;
 
 pub use error::MemoryError;

@@ -12,6 +12,7 @@ pub mod fds;
 pub mod fork;
 pub mod limits;
 pub mod lock;
+pub mod memfd;
 pub mod mmap;
 pub mod random;
 pub mod reactor;

@@ -16,6 +16,9 @@ pub mod layout;
 pub mod memfd;
 pub mod ram;
 
+#[cfg(test)]
+mod testing;
+
 pub use error::MemoryError;
 pub use layout::{MMIO_HOLE_END, MMIO_HOLE_START, layout};
 pub use ram::{AnonOptions, GuestRam, Region};

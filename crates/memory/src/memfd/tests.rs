@@ -1,25 +1,13 @@
-#![allow(unsafe_code)]
-
 use super::copy::Source;
 use super::*;
 
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 
-use forkd_sys::fork::{Fork, exit_now, fork};
 use proptest::prelude::*;
 use tempfile::{NamedTempFile, TempDir};
 
-const MIB: u64 = 1 << 20;
-
-fn pattern(len: usize, seed: u64) -> Vec<u8> {
-    let mut state = seed | 1;
-    let mut next = || {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-        (state >> 56) as u8
-    };
-    (0..len).map(|_| next()).collect()
-}
+use crate::testing::{MIB, fork_with, pattern};
 
 fn source(bytes: &[u8]) -> NamedTempFile {
     let file = NamedTempFile::new().expect("a file");
@@ -78,21 +66,16 @@ fn a_clone_has_the_same_bytes_and_memory() {
 fn another_process_opens_the_path() {
     let region = populate(source(&pattern(8192, 3)).path(), "opened elsewhere").expect("a region");
     let path = region.backend_path();
-    // SAFETY: the child opens and writes a file, and ends by _exit.
-    match unsafe { fork() }.expect("fork") {
-        Fork::Child => {
-            // Its own descriptor goes first, so that the path is the only way.
-            drop(region);
-            let Ok(opened) = MemfdRegion::open(&path) else { exit_now(1) };
-            let wrote =
-                opened.size_bytes() == 8192 && opened.file().write_all_at(b"child", 100).is_ok();
-            exit_now(if wrote { 0 } else { 2 });
-        }
-        Fork::Parent(mut child) => {
-            assert_eq!(child.wait().expect("wait").code(), Some(0));
-            assert_eq!(&bytes_of(region.file())[100..105], b"child");
-        }
-    }
+    let number = region.file().as_raw_fd();
+    let mut child = fork_with(|| {
+        let Ok(opened) = MemfdRegion::open(&path) else { return 2 };
+        let other = opened.file().as_raw_fd() != number;
+        let wrote =
+            opened.size_bytes() == 8192 && opened.file().write_all_at(b"child", 100).is_ok();
+        i32::from(!(other && wrote)) * 3
+    });
+    assert_eq!(child.wait().expect("wait").code(), Some(0));
+    assert_eq!(&bytes_of(region.file())[100..105], b"child");
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use std::io;
 
-use crate::backend::{ExtentFault, FileExtent, MemoryBackend};
+use crate::backend::{ExtentFault, FileExtent, MemoryBackend, WorkingSetError};
 
 /// An operation on guest RAM failed.
 #[derive(Debug, thiserror::Error)]
@@ -64,6 +64,19 @@ pub enum MemoryError {
         /// Why not.
         reason: String,
     },
+    /// RAM cannot be loaded as it is touched.
+    #[error("cannot {action} {len:#x} bytes of guest RAM that is loaded lazily: {source}")]
+    Userfault {
+        /// Size of RAM in bytes.
+        len: usize,
+        /// What was tried.
+        action: &'static str,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// The working set is not one of this RAM.
+    #[error(transparent)]
+    WorkingSet(#[from] WorkingSetError),
     /// RAM that fork(2) would not give the child a copy of.
     #[error("guest RAM ({backend}) cannot be forked: {why}")]
     NotForkable {

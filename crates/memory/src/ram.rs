@@ -13,7 +13,7 @@ use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 use crate::MemoryError;
 use crate::backend::{
     Anonymous, Backend, BranchMode, FileBacked, FileExtent, ForkBehaviour, Memfd, MemoryBackend,
-    Sharing,
+    PageSource, Sharing, Userfault, WorkingSet,
 };
 use crate::layout::{MMIO_HOLE_END, layout};
 use crate::memfd::MemfdRegion;
@@ -130,6 +130,20 @@ impl GuestRam {
         Self::over(Box::new(backend), mem_mib)
     }
 
+    /// RAM that is loaded from `source` as it is touched, what is in `working_set` ahead. See
+    /// [`Userfault`], which [`Self::lazy`] gives.
+    ///
+    /// # Errors
+    /// [`MemoryError::Size`]; those of [`Userfault::new`].
+    pub fn userfault(
+        mem_mib: u32,
+        source: Box<dyn PageSource>,
+        working_set: Option<WorkingSet>,
+    ) -> Result<Self, MemoryError> {
+        let backend = Userfault::new(checked_len(mem_mib)?, source, working_set)?;
+        Self::over(Box::new(backend), mem_mib)
+    }
+
     fn over(backend: Box<dyn Backend>, mem_mib: u32) -> Result<Self, MemoryError> {
         let mapping = backend.mapping();
         let shared = backend.fork_behaviour() == ForkBehaviour::Shared;
@@ -185,6 +199,11 @@ impl GuestRam {
     /// The memfd that RAM is in, or was copied from.
     pub fn memfd_region(&self) -> Option<&MemfdRegion> {
         self.backend.memfd()
+    }
+
+    /// The controls of RAM that is loaded as it is touched; `None` for any other.
+    pub fn lazy(&self) -> Option<&Userfault> {
+        self.backend.userfault()
     }
 
     /// The modes in which a VM with this RAM can be branched now, the preferred one first.

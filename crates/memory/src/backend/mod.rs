@@ -12,6 +12,7 @@ mod mode;
 mod remap;
 #[cfg(test)]
 mod tests;
+mod userfault;
 
 use std::io;
 
@@ -22,6 +23,9 @@ pub use extents::{ExtentFault, FileExtent};
 pub use file::FileBacked;
 pub use memfd::{Memfd, Sharing};
 pub use mode::{BranchMode, MemoryBackend, UnknownName};
+pub use userfault::{
+    FileSource, LoadStatus, PageSource, SourceFailure, Userfault, WorkingSet, WorkingSetError,
+};
 
 use crate::MemoryError;
 use crate::memfd::MemfdRegion;
@@ -38,6 +42,9 @@ pub enum ForkBehaviour {
     /// Parent and child would write the same pages: a VM must not be forked. In a child that there
     /// is all the same, [`Backend::detach_child`] fails.
     Shared,
+    /// Pages that are not loaded yet would be lost to the child: a VM must not be forked now. It can
+    /// be once all is loaded ([`Userfault::complete`]).
+    Incomplete,
 }
 
 /// A source of guest RAM.
@@ -104,6 +111,11 @@ pub trait Backend: std::fmt::Debug + Send + Sync {
 
     /// The memfd that RAM is in, or was copied from.
     fn memfd(&self) -> Option<&MemfdRegion> {
+        None
+    }
+
+    /// The controls of RAM that is loaded as it is touched.
+    fn userfault(&self) -> Option<&Userfault> {
         None
     }
 }

@@ -26,7 +26,14 @@ fn each(mem_mib: u32, fill: impl Fn(&File)) -> Vec<GuestRam> {
     let whole = FileExtent { ram_offset: 0, len, file: 0, file_offset: 0 };
     let file = source.reopen().expect("open");
     let file = GuestRam::from_file(mem_mib, &[file], &[whole]).expect("RAM");
-    vec![anonymous, file, memfd(Sharing::Shared), memfd(Sharing::Private)]
+    let lazily = || {
+        let files = vec![source.reopen().expect("open")];
+        let source = Box::new(FileSource::new(len, files, &[whole]).expect("a source"));
+        GuestRam::userfault(mem_mib, source, None).expect("RAM")
+    };
+    let loaded = lazily();
+    loaded.lazy().expect("its controls").complete().expect("loaded");
+    vec![anonymous, file, memfd(Sharing::Shared), memfd(Sharing::Private), lazily(), loaded]
 }
 
 fn copy_in(file: &File, ram: &GuestRam) {
@@ -93,7 +100,9 @@ fn the_right_memory_is_seen_by_devices() {
         let shared = ram.kind() == MemoryBackend::MemfdShared;
         assert_eq!(ram.memfd_region().is_some(), ram.backend_name().starts_with("memfd"));
         assert_eq!(ram.branch_modes().contains(&BranchMode::Live), shared);
-        assert_eq!(ram.check_fork().is_err(), shared);
+        let loading = ram.fork_behaviour() == ForkBehaviour::Incomplete;
+        assert_eq!(ram.check_fork().is_err(), shared || loading);
+        assert!(!loading || ram.lazy().is_some());
         for region in ram.guest().iter() {
             let flags = region.get_mmap().flags();
             assert_eq!(flags & libc::MAP_SHARED != 0, shared, "{}", ram.backend_name());

@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 
+use forkd_sys::memfd::is_hugetlb;
 use forkd_sys::mmap::page_size;
 
 use super::Sharing;
@@ -37,6 +38,9 @@ impl FileExtent {
             && self.file_offset + self.len == next.file_offset
     }
 }
+
+/// An extent with its index in what was given.
+pub(crate) type Numbered = (usize, FileExtent);
 
 /// What is wrong with an extent.
 #[derive(Debug, thiserror::Error)]
@@ -89,7 +93,7 @@ pub enum ExtentFault {
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Extents {
     /// Ascending in RAM, none overlapping or going on in the next.
-    pub(crate) sorted: Vec<(usize, FileExtent)>,
+    pub(crate) sorted: Vec<Numbered>,
 }
 
 impl Extents {
@@ -101,13 +105,13 @@ impl Extents {
         extents: &[FileExtent],
     ) -> Result<Self, MemoryError> {
         let lengths = lengths_of(files, extents)?;
-        let mut sorted: Vec<(usize, FileExtent)> = extents.iter().copied().enumerate().collect();
+        let mut sorted: Vec<Numbered> = extents.iter().copied().enumerate().collect();
         for &(index, extent) in &sorted {
             check_one(extent, ram_len, &lengths)
                 .map_err(|reason| fault(index, extent, files, reason))?;
         }
         sorted.sort_unstable_by_key(|&(index, extent)| (extent.ram_offset, index));
-        let mut merged: Vec<(usize, FileExtent)> = Vec::with_capacity(sorted.len());
+        let mut merged: Vec<Numbered> = Vec::with_capacity(sorted.len());
         for (index, extent) in sorted {
             match merged.last_mut() {
                 Some((other, last)) if last.ram_offset + last.len > extent.ram_offset => {
@@ -122,7 +126,7 @@ impl Extents {
     }
 
     /// Splits them into at most `most` to map, and the others, the smallest ones, to read.
-    pub(crate) fn split(self, most: usize) -> (Vec<(usize, FileExtent)>, Vec<(usize, FileExtent)>) {
+    pub(crate) fn split(self, most: usize) -> (Vec<Numbered>, Vec<Numbered>) {
         let mut map = self.sorted;
         if map.len() <= most {
             return (map, Vec::new());
@@ -142,11 +146,16 @@ fn lengths_of(files: &[File], extents: &[FileExtent]) -> Result<Vec<u64>, Memory
             fault(index, extents[index], files, ExtentFault::File { action, source })
         };
         let metadata = file.metadata().map_err(|error| failed("ask for its size", error))?;
+        let unfit = |why: &str| failed("use it", io::Error::new(io::ErrorKind::InvalidInput, why));
         if !metadata.is_file() {
-            let error = io::Error::new(io::ErrorKind::InvalidInput, "not a regular file");
-            return Err(failed("use it", error));
+            return Err(unfit("not a regular file"));
         }
-        check_mappable(file, Sharing::Private).map_err(|error| failed("map it", error))?;
+        // The kernel rounds the length of such a mapping up, over what is behind the extent.
+        if is_hugetlb(file).map_err(|error| failed("ask for its file system", error))? {
+            return Err(unfit("it has huge pages"));
+        }
+        check_mappable(file, page_size(), Sharing::Private)
+            .map_err(|error| failed("map it", error))?;
         lengths[number] = metadata.len();
     }
     Ok(lengths)

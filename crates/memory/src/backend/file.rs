@@ -60,7 +60,7 @@ impl FileBacked {
                 fault(index, extent, files, ExtentFault::File { action: "read it", source })
             })?;
         }
-        Ok(Self { mapping, holes: Holes::default() })
+        Ok(Self { holes: Holes::new(&mapping), mapping })
     }
 }
 

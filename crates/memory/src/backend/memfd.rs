@@ -15,7 +15,7 @@
 use std::io;
 
 use forkd_sys::memfd::punch_hole;
-use forkd_sys::mmap::Mapping;
+use forkd_sys::mmap::{Mapping, page_size};
 
 use super::remap::{Holes, check_mappable, map_file, reserve, write_zeroes};
 use super::{Backend, ForkBehaviour, HUGE_PAGE, MemoryBackend};
@@ -62,10 +62,11 @@ impl Memfd {
             ));
         }
         let mapping = reserve(len).map_err(|source| MemoryError::Reserve { len, source })?;
-        check_mappable(&region, sharing)
+        let page = if region.has_huge_pages() { HUGE_PAGE } else { page_size() };
+        check_mappable(&region, page, sharing)
             .and_then(|()| map_file(&mapping, 0, len, &region, 0, sharing))
             .map_err(|error| refused(error.to_string()))?;
-        Ok(Self { mapping, region, sharing, holes: Holes::default() })
+        Ok(Self { holes: Holes::new(&mapping), mapping, region, sharing })
     }
 }
 

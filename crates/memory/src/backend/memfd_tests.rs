@@ -88,6 +88,24 @@ fn regions_that_do_not_fit_are_refused() {
     }
 }
 
+/// The host need not have huge pages for this: nothing is touched.
+#[test]
+fn huge_pages_are_for_sharing_only() {
+    let huge = |len: usize| {
+        let memfd = forkd_sys::memfd::create("huge", true).expect("a memfd");
+        memfd.set_len(len as u64).expect("size");
+        forkd_sys::memfd::seal_size(&memfd).expect("seal");
+        MemfdRegion::from_fd(memfd.into()).expect("a region")
+    };
+    assert!(huge(LEN).has_huge_pages());
+    let error = Memfd::new(LEN, huge(LEN), Sharing::Private).expect_err("private").to_string();
+    assert!(error.contains("privately"), "{error}");
+    assert!(Memfd::new(LEN - (1 << 20), huge(LEN), Sharing::Shared).is_err(), "not all of it");
+    // More than any host has: the pool is asked at mmap.
+    let more = 1 << 45;
+    assert!(Memfd::new(more, huge(more), Sharing::Shared).is_err());
+}
+
 /// Proportional set size of a memfd in a process, in bytes: pages that n processes map count 1/n.
 fn pss(pid: u32, name: &str) -> u64 {
     let smaps = std::fs::read_to_string(format!("/proc/{pid}/smaps")).expect("smaps");

@@ -9,7 +9,7 @@
 
 use std::io;
 use std::os::fd::AsFd;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use forkd_sys::mmap::{AnonymousOptions, Mapping, page_size};
 use rustix::mm::{MapFlags, ProtFlags};
@@ -56,10 +56,11 @@ pub(super) fn map_file(
 
 /// Finds out whether a file can be mapped, apart from any range: a file system may refuse, and a
 /// refusal in the midst of replacing a range may leave a gap there.
-pub(super) fn check_mappable(file: impl AsFd, sharing: Sharing) -> io::Result<()> {
+/// `page` is the size of its pages.
+pub(super) fn check_mappable(file: impl AsFd, page: usize, sharing: Sharing) -> io::Result<()> {
     match sharing {
-        Sharing::Shared => Mapping::file_shared(file, 0, page_size()).map(drop),
-        Sharing::Private => Mapping::file_private(file, 0, page_size()).map(drop),
+        Sharing::Shared => Mapping::file_shared(file, 0, page).map(drop),
+        Sharing::Private => Mapping::file_private(file, 0, page).map(drop),
     }
 }
 
@@ -98,33 +99,54 @@ fn checked(mapping: &Mapping, offset: usize, len: usize) -> io::Result<*mut core
 #[derive(Debug)]
 pub(super) struct Holes {
     left: AtomicUsize,
-}
-
-impl Default for Holes {
-    fn default() -> Self {
-        Self::at_most(MAX_HOLES)
-    }
+    /// A bit for each page that is anonymous memory by now, and can be discarded by advice.
+    anonymous: Vec<AtomicU64>,
 }
 
 impl Holes {
-    pub(super) fn at_most(count: usize) -> Self {
-        Self { left: AtomicUsize::new(count) }
+    /// For a mapping in which there are none yet.
+    pub(super) fn new(mapping: &Mapping) -> Self {
+        Self::at_most(MAX_HOLES, mapping)
+    }
+
+    pub(super) fn at_most(count: usize, mapping: &Mapping) -> Self {
+        let words = mapping.len().div_ceil(64 * page_size());
+        let anonymous = (0..words).map(|_| AtomicU64::new(0)).collect();
+        Self { left: AtomicUsize::new(count), anonymous }
     }
 
     /// Lets zeroes be read in a range of a private mapping of files.
     pub(super) fn punch(&self, mapping: &Mapping, offset: usize, len: usize) -> io::Result<()> {
+        checked(mapping, offset, len)?;
         if len == 0 {
             return Ok(());
         }
-        // A count only: nothing else is ordered by it.
+        let pages = offset / page_size()..(offset + len) / page_size();
+        // Atomics only so that it can be shared: who discards the same pages at the same time gets
+        // zeroes by either way.
+        let bit = |page: usize| (&self.anonymous[page / 64], 1u64 << (page % 64));
+        let is_anonymous = |page| {
+            let (word, bit) = bit(page);
+            word.load(Ordering::Relaxed) & bit != 0
+        };
+        if pages.clone().all(is_anonymous) {
+            return mapping.discard(offset, len);
+        }
         let allowed = self
             .left
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1));
-        if allowed.is_ok() {
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1))
+            .is_ok();
+        if allowed {
             match map_zeroes(mapping, offset, len) {
+                Ok(()) => {
+                    for (word, bit) in pages.map(bit) {
+                        word.fetch_or(bit, Ordering::Relaxed);
+                    }
+                    return Ok(());
+                }
                 // ENOMEM: no mappings are left, as other parts of the process used them.
                 Err(error) if error.raw_os_error() == Some(libc::ENOMEM) => {}
-                other => return other,
+                Err(error) => return Err(error),
             }
         }
         // Private copies that the range has are given back by this, those of zeroes are made anew.

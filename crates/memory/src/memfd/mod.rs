@@ -12,11 +12,12 @@
 //! (block hashes of the snapshot format are for that). The source's holes and zero pages take no
 //! memory, unless huge pages are used: those are allocated as a whole.
 
+#[cfg(target_os = "linux")]
 mod copy;
 mod error;
 #[cfg(target_os = "linux")]
 mod make;
-#[cfg(all(test, target_os = "linux"))]
+#[cfg(test)]
 mod tests;
 
 use std::fs::File;

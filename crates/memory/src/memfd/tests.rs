@@ -185,7 +185,7 @@ fn sparse_stays_sparse() {
     // 3 GiB and some of hole, pages of zeroes that are no hole, and data at the end.
     let len = 3 * 1024 * MIB + 64 * MIB;
     file.as_file().set_len(len).expect("size");
-    file.as_file().write_all_at(&[0; 1 << 20], 64 * MIB).expect("zeroes");
+    file.as_file().write_all_at(&vec![0; 1 << 20], 64 * MIB).expect("zeroes");
     file.as_file().write_all_at(&[9; 4096], len - 4096).expect("data");
     let region = populate(file.path(), "sparse").expect("a region");
     assert_eq!(region.size_bytes(), len);

@@ -187,7 +187,8 @@ fn when_all_is_loaded_it_is_plain_memory() {
         ram.mapping.write_at(0, &[1; 100]).expect("within RAM");
         let mut grandchild = fork_with(|| {
             let own = ram.detach_child().is_ok() && read(&ram, 100, LEN - 100) == bytes[100..];
-            let zero = ram.discard(BLOCK, BLOCK).is_ok() && read(&ram, BLOCK, BLOCK) == [0; BLOCK];
+            let zero =
+                ram.discard(BLOCK, BLOCK).is_ok() && read(&ram, BLOCK, BLOCK) == vec![0; BLOCK];
             let written = ram.mapping.write_at(0, &[2; 100]).is_ok();
             i32::from(!(own && zero && written))
         });

@@ -82,10 +82,11 @@ fn lazy(bytes: Vec<u8>, set: Option<WorkingSet>) -> (Arc<Userfault>, Arc<Control
     (Arc::new(ram), control)
 }
 
+/// Bytes of RAM. They are read even if the test does not look at them.
 fn read(ram: &Userfault, at: usize, len: usize) -> Vec<u8> {
     let mut bytes = vec![0; len];
     ram.mapping.read_at(at, &mut bytes).expect("within RAM");
-    bytes
+    std::hint::black_box(bytes)
 }
 
 fn event(ram: &Userfault) {

@@ -2,6 +2,8 @@
 
 use std::io;
 
+use crate::backend::{ExtentFault, FileExtent, MemoryBackend, WorkingSetError};
+
 /// An operation on guest RAM failed.
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
@@ -30,6 +32,58 @@ pub enum MemoryError {
         mem_mib: u32,
         /// Why.
         source: io::Error,
+    },
+    /// The kernel gives no addresses for RAM that is mapped from elsewhere.
+    #[error("cannot reserve addresses for {len:#x} bytes of guest RAM: {source}")]
+    Reserve {
+        /// Size in bytes.
+        len: usize,
+        /// Why.
+        source: io::Error,
+    },
+    /// A piece of a memory file cannot be laid into RAM.
+    #[error(
+        "extent #{index}, {:#x} bytes at {:#x} of RAM, from {:#x} of memory file #{}{path}: {reason}",
+        extent.len, extent.ram_offset, extent.file_offset, extent.file
+    )]
+    Extent {
+        /// Index among the extents given.
+        index: usize,
+        /// The extent, with those that go on behind it if there are such.
+        extent: FileExtent,
+        /// Path of its file in parentheses, or nothing.
+        path: String,
+        /// What is wrong.
+        reason: ExtentFault,
+    },
+    /// A memfd cannot be RAM of that size.
+    #[error("cannot use a memfd as {len:#x} bytes of guest RAM: {reason}")]
+    Memfd {
+        /// Size of RAM in bytes.
+        len: usize,
+        /// Why not.
+        reason: String,
+    },
+    /// RAM cannot be loaded as it is touched.
+    #[error("cannot {action} {len:#x} bytes of guest RAM that is loaded lazily: {source}")]
+    Userfault {
+        /// Size of RAM in bytes.
+        len: usize,
+        /// What was tried.
+        action: &'static str,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// The working set is not one of this RAM.
+    #[error(transparent)]
+    WorkingSet(#[from] WorkingSetError),
+    /// RAM that fork(2) would not give the child a copy of.
+    #[error("guest RAM ({backend}) cannot be forked: {why}")]
+    NotForkable {
+        /// Where RAM comes from.
+        backend: MemoryBackend,
+        /// Why not, and what to do instead.
+        why: &'static str,
     },
     /// The host's memory figures cannot be read.
     #[error("cannot tell how much memory the host has, from /proc/meminfo: {0}")]

@@ -8,13 +8,23 @@
 //! everything here that the parent had stays valid in it. How that comes about is the backend's
 //! affair ([`backend::Backend`]).
 //!
-//! Known holes: only the anonymous backend exists; RAM cannot be added to a running guest.
+//! RAM comes from one of five places ([`MemoryBackend`]): nowhere, for a VM that boots; a snapshot's
+//! files; a memfd, shared or private ([`memfd`]); or a page source, as it is touched. Each says in which
+//! ways a VM with it can be branched ([`BranchMode`]).
+//!
+//! Known holes: RAM cannot be added to a running guest.
 
 pub mod backend;
 pub mod error;
 pub mod layout;
+pub mod memfd;
 pub mod ram;
 
+#[cfg(test)]
+mod testing;
+
+pub use backend::{BranchMode, FileExtent, MemoryBackend, PageSource, Sharing, WorkingSet};
 pub use error::MemoryError;
 pub use layout::{MMIO_HOLE_END, MMIO_HOLE_START, layout};
+pub use memfd::{MemfdError, MemfdOptions, MemfdRegion};
 pub use ram::{AnonOptions, GuestRam, Region};

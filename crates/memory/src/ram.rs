@@ -2,6 +2,7 @@
 
 #![allow(unsafe_code)]
 
+use std::fs::File;
 use std::io;
 use std::mem::ManuallyDrop;
 use std::sync::Arc;
@@ -10,8 +11,12 @@ use forkd_sys::mmap::Mapping;
 use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
 use crate::MemoryError;
-use crate::backend::{Anonymous, Backend, ForkBehaviour};
+use crate::backend::{
+    Anonymous, Backend, BranchMode, FileBacked, FileExtent, ForkBehaviour, Memfd, MemoryBackend,
+    PageSource, Sharing, Userfault, WorkingSet,
+};
 use crate::layout::{MMIO_HOLE_END, layout};
+use crate::memfd::MemfdRegion;
 
 /// Most RAM of a guest, in MiB.
 pub const MAX_MEM_MIB: u32 = 65_536;
@@ -101,13 +106,52 @@ impl GuestRam {
         Self::over(Box::new(backend), mem_mib)
     }
 
+    /// RAM from the memory files of a snapshot, mapped privately: `extents` say which bytes of which
+    /// of `files` are where; the rest is zero. See [`FileBacked`]. The files need be open for reading
+    /// only, and may be closed afterwards.
+    ///
+    /// # Errors
+    /// [`MemoryError::Size`]; those of [`FileBacked::new`].
+    pub fn from_file(
+        mem_mib: u32,
+        files: &[File],
+        extents: &[FileExtent],
+    ) -> Result<Self, MemoryError> {
+        let backend = FileBacked::new(checked_len(mem_mib)?, files, extents)?;
+        Self::over(Box::new(backend), mem_mib)
+    }
+
+    /// RAM in a memfd, which must have exactly that size. See [`Memfd`] for what sharing means.
+    ///
+    /// # Errors
+    /// [`MemoryError::Size`]; those of [`Memfd::new`].
+    pub fn memfd(mem_mib: u32, region: MemfdRegion, sharing: Sharing) -> Result<Self, MemoryError> {
+        let backend = Memfd::new(checked_len(mem_mib)?, region, sharing)?;
+        Self::over(Box::new(backend), mem_mib)
+    }
+
+    /// RAM that is loaded from `source` as it is touched, what is in `working_set` ahead. See
+    /// [`Userfault`], which [`Self::lazy`] gives.
+    ///
+    /// # Errors
+    /// [`MemoryError::Size`]; those of [`Userfault::new`].
+    pub fn userfault(
+        mem_mib: u32,
+        source: Box<dyn PageSource>,
+        working_set: Option<WorkingSet>,
+    ) -> Result<Self, MemoryError> {
+        let backend = Userfault::new(checked_len(mem_mib)?, source, working_set)?;
+        Self::over(Box::new(backend), mem_mib)
+    }
+
     fn over(backend: Box<dyn Backend>, mem_mib: u32) -> Result<Self, MemoryError> {
         let mapping = backend.mapping();
+        let shared = backend.fork_behaviour() == ForkBehaviour::Shared;
         let mut regions = Vec::with_capacity(2);
         let mut views = Vec::with_capacity(2);
         let mut offset = 0u64;
         for (slot, (gpa, len)) in (0..).zip(layout(mapping.len() as u64)) {
-            views.push(Arc::new(view(mapping, offset, gpa, len)?));
+            views.push(Arc::new(view(mapping, shared, offset, gpa, len)?));
             regions.push(Region { slot, gpa, len, host_addr: mapping.address() as u64 + offset });
             offset += len;
         }
@@ -142,9 +186,42 @@ impl GuestRam {
         self.end_gpa().max(MMIO_HOLE_END).next_multiple_of(align.max(1))
     }
 
+    /// Where it comes from.
+    pub fn kind(&self) -> MemoryBackend {
+        self.backend.kind()
+    }
+
     /// Name of the backend.
     pub fn backend_name(&self) -> &'static str {
-        self.backend.name()
+        self.backend.kind().name()
+    }
+
+    /// The memfd that RAM is in, or was copied from.
+    pub fn memfd_region(&self) -> Option<&MemfdRegion> {
+        self.backend.memfd()
+    }
+
+    /// The controls of RAM that is loaded as it is touched; `None` for any other.
+    pub fn lazy(&self) -> Option<&Userfault> {
+        self.backend.userfault()
+    }
+
+    /// The modes in which a VM with this RAM can be branched now, the preferred one first.
+    pub fn branch_modes(&self) -> &'static [BranchMode] {
+        self.backend.branch_modes()
+    }
+
+    /// Why the VM cannot be branched in that mode now, and what to do instead; `None` if it can.
+    pub fn why_not(&self, mode: BranchMode) -> Option<&'static str> {
+        self.backend.why_not(mode)
+    }
+
+    /// Whether fork(2) now gives a child RAM of its own: to be asked before forking a VM.
+    ///
+    /// # Errors
+    /// [`MemoryError::NotForkable`] says why not, and what to do instead.
+    pub fn check_fork(&self) -> Result<(), MemoryError> {
+        self.backend.check_fork()
     }
 
     /// What fork(2) does to this RAM.
@@ -188,7 +265,7 @@ impl GuestRam {
         let start = gpa - gpa % page;
         let end = gpa.checked_add(len).and_then(|end| end.checked_next_multiple_of(page));
         let len = end.ok_or(MemoryError::NotRam { gpa, len })? - start;
-        self.advise("populate", start, len, Mapping::populate_write)
+        self.advise("populate", start, len, |ram, at, len| ram.populate_write(at, len))
     }
 
     /// Gives the pages of a range back to the host; the guest reads zeroes there afterwards. Only
@@ -205,7 +282,7 @@ impl GuestRam {
         if end <= start {
             return Ok(());
         }
-        self.advise("discard", start, end - start, Mapping::discard)
+        self.advise("discard", start, end - start, |ram, at, len| ram.discard(at, len))
     }
 
     fn offset_of(&self, gpa: u64, len: u64) -> Result<u64, MemoryError> {
@@ -219,12 +296,12 @@ impl GuestRam {
         action: &'static str,
         gpa: u64,
         len: u64,
-        call: impl FnOnce(&Mapping, usize, usize) -> io::Result<()>,
+        call: impl FnOnce(&dyn Backend, usize, usize) -> io::Result<()>,
     ) -> Result<(), MemoryError> {
         let not_ram = |_| MemoryError::NotRam { gpa, len };
         let offset = usize::try_from(self.offset_of(gpa, len)?).map_err(not_ram)?;
         let bytes = usize::try_from(len).map_err(not_ram)?;
-        call(self.backend.mapping(), offset, bytes).map_err(|source| MemoryError::Advise {
+        call(&**self.backend, offset, bytes).map_err(|source| MemoryError::Advise {
             action,
             gpa,
             len,
@@ -238,7 +315,7 @@ impl GuestRam {
         call: impl FnOnce(&Mapping) -> io::Result<()>,
     ) -> Result<(), MemoryError> {
         match call(self.backend.mapping()) {
-            // EINVAL: a kernel without huge pages.
+            // EINVAL: a kernel without transparent huge pages, or memory that is huge pages anyway.
             Err(error) if error.kind() == io::ErrorKind::InvalidInput => Ok(()),
             Err(source) => Err(MemoryError::Advise { action, gpa: 0, len: self.end_gpa(), source }),
             Ok(()) => Ok(()),
@@ -258,6 +335,7 @@ fn checked_len(mem_mib: u32) -> Result<usize, MemoryError> {
 /// them.
 fn view(
     mapping: &Mapping,
+    shared: bool,
     offset: u64,
     gpa: u64,
     len: u64,
@@ -269,7 +347,10 @@ fn view(
         return Err(fault(format!("a region of {len:#x} bytes at {offset:#x} exceeds RAM")));
     }
     let protection = libc::PROT_READ | libc::PROT_WRITE;
-    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    // Of these, vm-memory looks at the sharing only. Private RAM may be of several mappings, of files
+    // and of none: all that is true of it as a whole is said.
+    let sharing = if shared { libc::MAP_SHARED } else { libc::MAP_PRIVATE };
+    let flags = sharing | libc::MAP_NORESERVE;
     // SAFETY: offset and length are within the mapping (checked above), which is readable and
     // writable. It stays mapped while any holder of the view lives: see GuestRam's drop. (On an
     // error before a GuestRam exists, the views are dropped with it and nobody has had them.)

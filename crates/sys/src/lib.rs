@@ -12,7 +12,9 @@ pub mod fds;
 pub mod fork;
 pub mod limits;
 pub mod lock;
+pub mod memfd;
 pub mod mmap;
+pub mod pagemap;
 pub mod random;
 pub mod reactor;
 pub mod sched;
@@ -21,6 +23,7 @@ pub mod signal;
 pub mod spawn;
 pub mod timer;
 pub mod unix_path;
+pub mod userfaultfd;
 pub mod wake;
 
 #[cfg(test)]

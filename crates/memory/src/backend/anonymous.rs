@@ -6,11 +6,7 @@
 
 use forkd_sys::mmap::{AnonymousOptions, Mapping};
 
-use super::{Backend, ForkBehaviour};
-use crate::MemoryError;
-
-/// Size of a transparent huge page on x86-64, and so the alignment of RAM.
-const HUGE_PAGE: usize = 2 << 20;
+use super::{Backend, HUGE_PAGE, MemoryBackend};
 
 /// Private anonymous memory.
 #[derive(Debug)]
@@ -39,19 +35,11 @@ impl Anonymous {
 }
 
 impl Backend for Anonymous {
-    fn name(&self) -> &'static str {
-        "anonymous"
+    fn kind(&self) -> MemoryBackend {
+        MemoryBackend::Anonymous
     }
 
     fn mapping(&self) -> &Mapping {
         &self.mapping
-    }
-
-    fn fork_behaviour(&self) -> ForkBehaviour {
-        ForkBehaviour::CopyOnWrite
-    }
-
-    fn detach_child(&mut self) -> Result<(), MemoryError> {
-        Ok(())
     }
 }

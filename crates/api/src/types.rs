@@ -8,6 +8,8 @@
 //! | `PATCH /vm` | [`VmStateChange`] | 204 |
 //! | `POST /fork` | [`ForkRequest`] | [`ForkResponse`] |
 //! | `POST /zygote` | [`ZygoteRequest`] | [`ChildResult`] |
+//! | `POST /persist` | [`PersistRequest`] | [`ChildResult`] |
+//! | `POST /snapshot` | [`SnapshotRequest`] | [`SnapshotReceipt`] |
 //! | `PUT /actions` | [`Action`] | 204 |
 //!
 //! Errors are `{"fault_message": "..."}` with a 4xx or 5xx status, as Firecracker's are.
@@ -179,6 +181,44 @@ pub struct ZygoteRequest {
     pub tag: String,
     /// Run directory: must not exist.
     pub dir: PathBuf,
+    /// Have the guest rehearse its fork notice before, which makes children quicker and gives this VM new random
+    /// numbers. Not wanted where the VM goes on with what it does.
+    #[serde(default = "yes")]
+    pub rehearse: bool,
+}
+
+/// `POST /persist`: a zygote writes itself into a store of durable snapshots, under its own tag.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PersistRequest {
+    /// Directory of the store.
+    pub store: PathBuf,
+    /// Answer once it is durable; otherwise at once, and the store tells what came of it.
+    #[serde(default = "yes")]
+    pub wait: bool,
+}
+
+/// `POST /snapshot`: a running VM writes a durable snapshot of itself, and goes on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SnapshotRequest {
+    /// Directory of the store.
+    pub store: PathBuf,
+    /// Tag of the snapshot.
+    pub tag: String,
+}
+
+/// What a snapshot cost the VM that it was taken of.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotReceipt {
+    /// What the source felt.
+    pub source: SourcePause,
+    /// Request to durable, in microseconds.
+    pub ready_us: u64,
+}
+
+fn yes() -> bool {
+    true
 }
 
 /// `PATCH /vm`.
@@ -250,6 +290,22 @@ pub struct VmConfig {
     pub drives: Vec<DriveConfig>,
     /// Seconds the agent has to say hello after a boot.
     pub boot_timeout_s: u32,
+}
+
+/// Configuration of `forkd vm` for a zygote from a durable snapshot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RestoreConfig {
+    /// Tag of the durable snapshot.
+    pub restore_from: String,
+    /// Directory of the store that has it.
+    pub store: PathBuf,
+    /// Id of the zygote.
+    pub id: String,
+    /// Run directory: must not exist.
+    pub dir: PathBuf,
+    /// The root image, found by the digest in the manifest.
+    pub root: PathBuf,
 }
 
 /// One block device.

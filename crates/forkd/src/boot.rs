@@ -14,9 +14,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
-use forkd_api::types::{Fault, VmConfig, VmInfo};
+use forkd_api::types::{Fault, RestoreConfig, VmConfig, VmInfo};
 use forkd_sys::reactor::wait_readable;
 use forkd_sys::spawn::{SpawnOptions, prepare};
+use serde::Serialize;
 
 use crate::cleanup::Guard;
 use crate::vm_client::VmClient;
@@ -49,10 +50,22 @@ struct Logs {
 /// # Errors
 /// It could not be started, or said why it can't run. Nothing is left.
 pub fn start(config: &VmConfig) -> Result<Booted> {
+    launch(config, &config.id, &config.name, &config.dir)
+}
+
+/// The same for a zygote from a durable snapshot; returns once it can be forked.
+///
+/// # Errors
+/// As [`start`].
+pub fn restore(config: &RestoreConfig) -> Result<Booted> {
+    launch(config, &config.id, &config.id, &config.dir)
+}
+
+fn launch<T: Serialize>(config: &T, id: &str, name: &str, dir: &Path) -> Result<Booted> {
     let text = serde_json::to_vec(config).context("cannot write the VM's configuration as JSON")?;
     // Not by its path: the file may have been replaced since this command was started.
     let mut command = Command::new("/proc/self/exe");
-    command.arg0("forkd").arg("vm").arg(format!("--id={}", config.id));
+    command.arg0("forkd").arg("vm").arg(format!("--id={id}"));
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let options =
         SpawnOptions { new_session: true, cwd: Some(PathBuf::from("/")), ..Default::default() };
@@ -61,7 +74,7 @@ pub fn start(config: &VmConfig) -> Result<Booted> {
     let mut stdin = child.stdin.take().context("the VM's process has no standard input")?;
     let child = Arc::new(Mutex::new(child));
     let guard = Guard::new({
-        let (child, dir) = (child.clone(), config.dir.clone());
+        let (child, dir) = (child.clone(), dir.to_path_buf());
         move || {
             end(&mut child.lock().unwrap_or_else(PoisonError::into_inner));
             remove_remains(&dir);
@@ -76,11 +89,11 @@ pub fn start(config: &VmConfig) -> Result<Booted> {
         (Err(_), Err(e)) => return Err(e).context("cannot configure the VM's process"),
         (Err(e), Ok(())) => return Err(e),
     };
-    check_started(&line, &config.dir)?;
-    let client = VmClient::new(&config.dir, &config.name);
+    check_started(&line, dir)?;
+    let client = VmClient::new(dir, name);
     let logs = Logs {
         console: File::open(client.console()).ok(),
-        vmm: File::open(config.dir.join("vmm.log")).ok(),
+        vmm: File::open(dir.join("vmm.log")).ok(),
     };
     Ok(Booted { client, logs, guard })
 }
@@ -154,6 +167,11 @@ impl Booted {
             Some(line) => error.context(format!("the VM ended: {line}")),
             None => error.context("the VM ended"),
         }
+    }
+
+    /// Leaves it running when this command ends.
+    pub fn keep(self) {
+        self.guard.disarm();
     }
 
     /// Ends it and removes what it had.

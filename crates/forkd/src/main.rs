@@ -18,6 +18,7 @@ mod id;
 mod output;
 mod parallel;
 mod paths;
+mod persist;
 mod process_memory;
 mod progress;
 mod registry;

@@ -71,7 +71,12 @@ impl Paths {
         self.run.join("vms")
     }
 
-    /// Run directories of snapshots.
+    /// The store of durable snapshots. Not [`Paths::snapshots`], which are processes.
+    pub fn snapshot_store(&self) -> PathBuf {
+        self.data.join("snapshots")
+    }
+
+    /// Run directories of live snapshots (zygotes).
     pub fn snapshots(&self) -> PathBuf {
         self.run.join("snapshots")
     }

@@ -7,8 +7,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use forkd_api::client::Client;
 use forkd_api::types::{
-    Action, ChildResult, ChildSpec, ForkRequest, ForkResponse, Metrics, VmInfo, VmPhase,
-    ZygoteRequest,
+    Action, ChildResult, ChildSpec, ForkRequest, ForkResponse, Metrics, PersistRequest,
+    SnapshotReceipt, SnapshotRequest, VmInfo, VmPhase, ZygoteRequest,
 };
 use forkd_sys::fork::PidFd;
 use rustix::process::Signal;
@@ -16,6 +16,8 @@ use rustix::process::Signal;
 /// A VM process answers from its event loop: what takes longer than this is no answer.
 const QUICK: Duration = Duration::from_secs(30);
 /// Forking takes 16 ms per GiB at worst; a request may ask for a thousand children.
+/// Writing a snapshot: 64 GiB to a disk of 50 MB/s take half an hour.
+const WRITE: Duration = Duration::from_secs(3600);
 const FORK: Duration = Duration::from_secs(300);
 /// How long a process has to take note that it shall end; one that is stopped (SIGSTOP) does not.
 const ASK_STOP: Duration = Duration::from_secs(5);
@@ -98,12 +100,38 @@ impl VmClient {
         Ok(self.connect(FORK)?.post_json("/fork", &ForkRequest { children })?)
     }
 
-    /// Forks a zygote.
+    /// Has a zygote write itself into a store.
+    ///
+    /// # Errors
+    /// It was refused, or writing failed.
+    pub fn persist(&self, store: &Path, wait: bool) -> Result<()> {
+        let request = PersistRequest { store: store.to_path_buf(), wait };
+        if !wait {
+            self.connect(QUICK)?.send_json("POST", "/persist", &request)?;
+            return Ok(());
+        }
+        let result: ChildResult = self.connect(WRITE)?.post_json("/persist", &request)?;
+        match result.error {
+            Some(error) => bail!("{error}"),
+            None => Ok(()),
+        }
+    }
+
+    /// Has a running VM write a durable snapshot of itself while it stands still.
+    ///
+    /// # Errors
+    /// It was refused, or writing failed.
+    pub fn snapshot(&self, store: &Path, tag: &str) -> Result<SnapshotReceipt> {
+        let request = SnapshotRequest { store: store.to_path_buf(), tag: tag.to_string() };
+        Ok(self.connect(WRITE)?.post_json("/snapshot", &request)?)
+    }
+
+    /// Forks a zygote. `rehearse`: see [`ZygoteRequest`].
     ///
     /// # Errors
     /// It was refused, or the zygote failed.
-    pub fn zygote(&self, tag: &str, dir: &Path) -> Result<ChildResult> {
-        let request = ZygoteRequest { tag: tag.to_string(), dir: dir.to_path_buf() };
+    pub fn zygote(&self, tag: &str, dir: &Path, rehearse: bool) -> Result<ChildResult> {
+        let request = ZygoteRequest { tag: tag.to_string(), dir: dir.to_path_buf(), rehearse };
         let result: ChildResult = self.connect(FORK)?.post_json("/zygote", &request)?;
         match &result.error {
             Some(error) => bail!("cannot make the snapshot {tag}: {error}"),

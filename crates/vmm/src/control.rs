@@ -118,6 +118,7 @@ impl Control {
     /// As for [`Control::answer`].
     pub fn answer_forks(&mut self) -> io::Result<()> {
         for Answered { request, form, response } in self.offspring.take_answered() {
+            let Some(request) = request else { continue };
             match (form, response.children.first()) {
                 (AnswerAs::Zygote, Some(child)) => {
                     let child = child.clone();

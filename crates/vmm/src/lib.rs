@@ -22,7 +22,8 @@ pub mod process;
 pub mod requests;
 pub mod run_dir;
 pub mod running;
+pub mod snapshot;
 pub mod vcpus;
 pub mod zygote;
 
-pub use process::{VmmError, run_vm};
+pub use process::{VmmError, run_restored, run_vm};

@@ -3,7 +3,7 @@
 use std::io::{self, Write};
 use std::process::ExitCode;
 
-use forkd_api::types::{ChildResult, Fault, VmConfig};
+use forkd_api::types::{ChildResult, Fault, RestoreConfig, VmConfig};
 
 use crate::fork::{Birth, child};
 use crate::machine::MachineError;
@@ -66,8 +66,20 @@ pub enum Role {
 /// # Errors
 /// What went wrong after the start; what went wrong before it was told on standard output.
 pub fn run_vm(config: VmConfig) -> Result<ExitCode, VmmError> {
-    let mut role = match Running::boot(config) {
-        Ok(running) => Role::Running(Box::new(running)),
+    run(Running::boot(config).map(|running| Role::Running(Box::new(running))))
+}
+
+/// Runs a VM process that is a zygote from a durable snapshot; otherwise as [`run_vm`].
+///
+/// # Errors
+/// As [`run_vm`].
+pub fn run_restored(config: &RestoreConfig) -> Result<ExitCode, VmmError> {
+    run(crate::snapshot::restore(config).map(|zygote| Role::Zygote(Box::new(zygote))))
+}
+
+fn run(role: Result<Role, VmmError>) -> Result<ExitCode, VmmError> {
+    let mut role = match role {
+        Ok(role) => role,
         Err(error) => {
             tell(&Fault { fault_message: error.to_string() });
             return Ok(ExitCode::FAILURE);

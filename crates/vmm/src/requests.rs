@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use forkd_api::http::Request;
 use forkd_api::types::{
-    Action, DesiredState, ForkRequest, MAX_CHILDREN, VmStateChange, ZygoteRequest,
+    Action, DesiredState, ForkRequest, MAX_CHILDREN, PersistRequest, SnapshotRequest,
+    VmStateChange, ZygoteRequest,
 };
 use serde::de::DeserializeOwned;
 
@@ -26,6 +27,10 @@ pub enum VmmAction {
     Fork(ForkRequest),
     /// Fork a zygote.
     Zygote(ZygoteRequest),
+    /// A zygote: become durable.
+    Persist(PersistRequest),
+    /// A running VM: write a durable snapshot.
+    Snapshot(SnapshotRequest),
     /// Pause or resume.
     SetState(DesiredState),
     /// Ctrl+Alt+Del, or the end.
@@ -62,9 +67,13 @@ impl VmmAction {
             ("PUT", "/actions") => body(request).map(Self::Act),
             ("POST", "/fork") => body(request).and_then(check_fork).map(Self::Fork),
             ("POST", "/zygote") => body(request).map(Self::Zygote),
-            (method, path @ ("/" | "/vm" | "/metrics" | "/actions" | "/fork" | "/zygote")) => {
-                Err(Refusal::new(405, format!("{method} is not a method of {path}")))
-            }
+            ("POST", "/persist") => body(request).map(Self::Persist),
+            ("POST", "/snapshot") => body(request).map(Self::Snapshot),
+            (
+                method,
+                path @ ("/" | "/vm" | "/metrics" | "/actions" | "/fork" | "/zygote" | "/persist"
+                | "/snapshot"),
+            ) => Err(Refusal::new(405, format!("{method} is not a method of {path}"))),
             (_, path) => Err(Refusal::new(404, format!("there is no {path} in a VM's API"))),
         }
     }

@@ -12,9 +12,10 @@ use forkd_agent::protocol::init::{Identity, Reason};
 use forkd_api::http::Request;
 use forkd_api::server::RequestId;
 use forkd_api::types::{
-    Action, ChildResult, ChildSpec, DesiredState, InstanceInfo, Timing, VmConfig, VmInfo, VmPhase,
-    VmRecord,
+    Action, ChildResult, ChildSpec, DesiredState, InstanceInfo, SnapshotReceipt, SnapshotRequest,
+    Timing, VmConfig, VmInfo, VmPhase, VmRecord, ZygoteRequest,
 };
+use forkd_snapshot::Mode;
 use forkd_sys::clock::{monotonic_ns, realtime_ns};
 use forkd_sys::reactor::{Reactor, Readiness};
 
@@ -28,6 +29,7 @@ use crate::machine::{Gate, Machine};
 use crate::process::{Next, VmmError, report, tell};
 use crate::requests::{Refusal, VmmAction};
 use crate::run_dir::RunDir;
+use crate::snapshot;
 use crate::vcpus::VcpuEvent;
 
 /// Who waits to hear that the vCPUs run.
@@ -398,10 +400,18 @@ impl Running {
             VmmAction::Fork(request) => {
                 return self.fork(id, request.children, Destiny::Vm);
             }
-            VmmAction::Zygote(request) => {
-                let spec =
-                    ChildSpec { id: request.tag.clone(), name: request.tag, dir: request.dir };
-                return self.rehearse(id, spec);
+            VmmAction::Zygote(ZygoteRequest { tag, dir, rehearse }) => {
+                let spec = ChildSpec { id: tag.clone(), name: tag, dir };
+                if rehearse {
+                    return self.rehearse(id, spec);
+                }
+                return self.fork(id, vec![spec], Destiny::Zygote);
+            }
+            VmmAction::Snapshot(request) => return self.snapshot(id, &request),
+            VmmAction::Persist(_) => {
+                let why =
+                    "this VM runs: only a zygote becomes durable by itself; ask for a snapshot";
+                return Ok(Err(Refusal::new(409, why)));
             }
             VmmAction::SetState(state) => return self.set_state(id, state),
             VmmAction::Act(Action::SendCtrlAltDel) => {
@@ -513,12 +523,51 @@ impl Running {
         let pause = clock.stop();
         let form = match destiny {
             Destiny::Vm => AnswerAs::Fork,
-            Destiny::Zygote => AnswerAs::Zygote,
+            Destiny::Zygote | Destiny::Writer => AnswerAs::Zygote,
         };
         let offspring = &mut self.control.offspring;
-        let batch = offspring.open_batch(request, form, delivered.len());
+        let batch = offspring.open_batch(Some(request), form, delivered.len(), None);
         offspring.set_source_pause(batch, pause);
         offspring.adopt_all(&self.control.reactor, batch, delivered);
+        Ok(Ok(Flow::Go))
+    }
+
+    /// Writes a durable snapshot with the vCPUs parked (mode `full`).
+    fn snapshot(
+        &mut self,
+        id: RequestId,
+        request: &SnapshotRequest,
+    ) -> io::Result<Result<Flow, Refusal>> {
+        let requested_ns = monotonic_ns();
+        if !matches!(self.phase, VmPhase::Ready | VmPhase::Paused) {
+            let why = format!("the VM is {:?}: only one that is ready can be saved", self.phase);
+            return Ok(Err(Refusal::new(409, why)));
+        }
+        let mut staged = match snapshot::stage(&request.store, &request.tag) {
+            Ok(staged) => staged,
+            Err(error) => return Ok(Err(Refusal::new(409, error.to_string()))),
+        };
+        let mut clock = PauseClock::start();
+        let quiesced = match self.engine.quiesce(&mut clock) {
+            Ok(quiesced) => quiesced,
+            Err(error) => {
+                self.go_on();
+                let why = format!("the VM cannot be saved now: {error}");
+                // The refusal tells, and so does the list.
+                drop(staged.fail(&why));
+                return Ok(Err(Refusal::new(500, why)));
+            }
+        };
+        let (machine, record) = (&self.machine, &self.record);
+        let filled = snapshot::fill(machine, quiesced.saved(), record, &mut staged);
+        clock.forked();
+        self.go_on();
+        let source = clock.stop();
+        if let Err(error) = snapshot::finish(machine, record, staged, Mode::Full, filled) {
+            return Ok(Err(Refusal::new(500, error.to_string())));
+        }
+        let ready_us = monotonic_ns().saturating_sub(requested_ns) / 1000;
+        self.control.answer(id, 200, &SnapshotReceipt { source, ready_us })?;
         Ok(Ok(Flow::Go))
     }
 

@@ -5,24 +5,31 @@
 #![allow(unsafe_code)]
 
 use std::io;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 
 use forkd_api::http::Request;
 use forkd_api::server::RequestId;
-use forkd_api::types::{Action, ChildSpec, Timing, VmInfo, VmPhase, VmRecord};
+use forkd_api::types::{Action, ChildSpec, PersistRequest, Timing, VmInfo, VmPhase, VmRecord};
+use forkd_snapshot::Mode;
 use forkd_sys::clock::monotonic_ns;
 
 use crate::control::{Control, Handled};
 use crate::fork::offspring::AnswerAs;
 use crate::fork::{
-    Birth, Destiny, Forked, Quiesced, SavedKvm, child, crowd_of, fork_all, report_pipes,
+    Birth, Delivered, Destiny, Forked, Quiesced, SavedKvm, child, crowd_of, fork_all, report_pipes,
 };
 use crate::machine::Machine;
 use crate::process::{Next, VmmError};
 use crate::requests::{Refusal, VmmAction};
 use crate::run_dir::RunDir;
 use crate::running::instance_info;
+use crate::snapshot::{self, Errand};
+
+/// How long a writer has. 64 GiB to a disk of 50 MB/s take half an hour.
+const WRITE_TIMEOUT: Duration = Duration::from_secs(3600);
 
 enum Flow {
     Go,
@@ -123,12 +130,56 @@ impl Zygote {
                 self.control.answer_empty(id)?;
                 return Ok(Ok(Flow::Exit));
             }
-            VmmAction::Zygote(_) | VmmAction::SetState(_) | VmmAction::Act(_) => {
+            VmmAction::Persist(request) => return self.persist(id, &request),
+            VmmAction::Zygote(_)
+            | VmmAction::Snapshot(_)
+            | VmmAction::SetState(_)
+            | VmmAction::Act(_) => {
                 let why = "this is a zygote: it never runs; fork it, and ask the child";
                 return Ok(Err(Refusal::new(409, why)));
             }
         }
         Ok(Ok(Flow::Go))
+    }
+
+    /// Forks a writer, which makes this zygote durable while it goes on.
+    fn persist(
+        &mut self,
+        id: RequestId,
+        request: &PersistRequest,
+    ) -> io::Result<Result<Flow, Refusal>> {
+        let requested_ns = monotonic_ns();
+        let tag = self.record.id.clone();
+        let staged = match snapshot::stage(&request.store, &tag) {
+            Ok(staged) => staged,
+            Err(error) => return Ok(Err(Refusal::new(409, error.to_string()))),
+        };
+        let spec = ChildSpec { id: tag.clone(), name: tag, dir: PathBuf::new() };
+        // SAFETY: this process has one thread, which is here and holds no lock.
+        let quiesced = unsafe { Quiesced::vouch(Arc::clone(&self.saved)) };
+        let pipes = report_pipes(1);
+        match fork_all(&quiesced, vec![spec], pipes, None, Destiny::Writer, requested_ns) {
+            Forked::Child(mut birth) => {
+                birth.errand = Some(Errand { staged, mode: Mode::Fork });
+                Ok(Ok(Flow::Child(birth)))
+            }
+            Forked::Source(delivered) => {
+                if let Some(Delivered { outcome: Err(error), .. }) = delivered.first() {
+                    // The list tells why; this answer does, too.
+                    drop(staged.fail(&format!("cannot fork a writer: {error}")));
+                }
+                let to = if request.wait {
+                    Some(id)
+                } else {
+                    self.control.answer_empty(id)?;
+                    None
+                };
+                let offspring = &mut self.control.offspring;
+                let batch = offspring.open_batch(to, AnswerAs::Zygote, 1, Some(WRITE_TIMEOUT));
+                offspring.adopt_all(&self.control.reactor, batch, delivered);
+                Ok(Ok(Flow::Go))
+            }
+        }
     }
 
     fn fork(&mut self, request: RequestId, specs: Vec<ChildSpec>) -> io::Result<Flow> {
@@ -141,7 +192,8 @@ impl Zygote {
             Forked::Child(birth) => Ok(Flow::Child(birth)),
             Forked::Source(delivered) => {
                 let offspring = &mut self.control.offspring;
-                let batch = offspring.open_batch(request, AnswerAs::Fork, delivered.len());
+                let batch =
+                    offspring.open_batch(Some(request), AnswerAs::Fork, delivered.len(), None);
                 offspring.adopt_all(&self.control.reactor, batch, delivered);
                 Ok(Flow::Go)
             }

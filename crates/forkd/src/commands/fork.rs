@@ -12,7 +12,7 @@ use crate::cli::OutputArgs;
 use crate::paths::Paths;
 use crate::registry::Live;
 use crate::vm_client::VmClient;
-use crate::{id, output, parallel, registry};
+use crate::{id, output, parallel, persist, registry};
 
 /// Fork VMs from a snapshot
 ///
@@ -104,7 +104,7 @@ impl Args {
     pub fn run(self, paths: &Paths) -> Result<ExitCode> {
         let request = self.fork.request()?;
         cleanup::watch_signals().context("cannot watch signals")?;
-        let source = registry::snapshot(paths, &self.tag)?;
+        let source = persist::find(paths, &self.tag, self.fork.output.json)?;
         let forked = fork(paths, &source, &request)?;
         forked.print(self.fork.output)
     }
@@ -122,6 +122,11 @@ impl ForkArgs {
         })?;
         let wait = (!self.no_wait).then(|| Duration::from_secs(self.timeout.into()));
         Ok(Request { count, name: self.name.clone(), wait })
+    }
+
+    /// Whether to wait until all is done.
+    pub fn waits(&self) -> bool {
+        !self.no_wait
     }
 
     /// How to print the result.

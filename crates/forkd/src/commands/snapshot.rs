@@ -1,6 +1,7 @@
 //! `forkd snapshot create|ls|rm|info`.
 
 mod create;
+mod save;
 
 use std::process::ExitCode;
 
@@ -26,6 +27,7 @@ pub struct Args {
 #[derive(Debug, Subcommand)]
 enum Verb {
     Create(create::Args),
+    Save(save::Args),
     Ls(Ls),
     Rm(Rm),
     Info(Info),
@@ -79,6 +81,7 @@ impl Args {
     pub fn run(self, paths: &Paths) -> Result<ExitCode> {
         match self.verb {
             Verb::Create(create) => create.run(paths),
+            Verb::Save(save) => save.run(paths),
             Verb::Ls(ls) => ls.run(paths),
             Verb::Rm(rm) => rm.run(paths),
             Verb::Info(info) => {

@@ -3,7 +3,7 @@
 use std::io::{IsTerminal, Read, Write};
 use std::process::ExitCode;
 
-use forkd_api::types::{Fault, VmConfig};
+use forkd_api::types::{Fault, RestoreConfig, VmConfig};
 
 use crate::{cleanup, output};
 
@@ -22,7 +22,7 @@ pub struct Args {
 /// Runs the VM process to its end. Nothing in this process has made a thread yet.
 pub fn run() -> ExitCode {
     match configure() {
-        Ok(config) => match forkd_vmm::run_vm(config) {
+        Ok(start) => match start.run() {
             Ok(code) => code,
             Err(error) => {
                 // By now standard error is the VM's log.
@@ -37,7 +37,31 @@ pub fn run() -> ExitCode {
     }
 }
 
-fn configure() -> Result<VmConfig, String> {
+/// What the process is to be.
+enum Start {
+    Boot(Box<VmConfig>),
+    Restore(RestoreConfig),
+}
+
+impl Start {
+    fn run(self) -> Result<ExitCode, forkd_vmm::VmmError> {
+        match self {
+            Self::Boot(config) => forkd_vmm::run_vm(*config),
+            Self::Restore(config) => forkd_vmm::run_restored(&config),
+        }
+    }
+
+    fn parse(text: &[u8]) -> serde_json::Result<Self> {
+        let value: serde_json::Value = serde_json::from_slice(text)?;
+        if value.get("restore_from").is_some() {
+            serde_json::from_value(value).map(Self::Restore)
+        } else {
+            serde_json::from_value(value).map(|config| Self::Boot(Box::new(config)))
+        }
+    }
+}
+
+fn configure() -> Result<Start, String> {
     if std::io::stdin().is_terminal() {
         return Err("this is for other verbs to start: use `forkd snapshot create`".to_string());
     }
@@ -47,7 +71,7 @@ fn configure() -> Result<VmConfig, String> {
         .take(MAX_CONFIG)
         .read_to_end(&mut text)
         .map_err(|e| format!("cannot read the configuration from standard input: {e}"))?;
-    serde_json::from_slice(&text)
+    Start::parse(&text)
         .map_err(|e| format!("the configuration on standard input is not understood: {e}"))
 }
 

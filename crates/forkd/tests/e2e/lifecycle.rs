@@ -32,7 +32,11 @@ fn kill_9(pid: u32) -> Result<()> {
 
 /// Makes a snapshot of a running VM, by the API: no further boot is needed.
 fn snapshot_of(suite: &Suite, vm: &Vm<'_>, tag: &str) -> Result<u32> {
-    let request = ZygoteRequest { tag: tag.to_string(), dir: suite.snapshots_dir().join(tag) };
+    let request = ZygoteRequest {
+        tag: tag.to_string(),
+        dir: suite.snapshots_dir().join(tag),
+        rehearse: true,
+    };
     let result: ChildResult = vm.api()?.post_json("/zygote", &request)?;
     ensure!(result.error.is_none(), "{result:?}");
     result.pid.context("a pid")

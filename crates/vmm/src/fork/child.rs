@@ -62,8 +62,11 @@ impl Stillborn {
 /// # Errors
 /// What could not be had, ready to be reported to the source.
 pub fn be_born(birth: Birth, inherited: Inherited) -> Result<Role, Box<Stillborn>> {
-    let Birth { spec, destiny, report, saved, crowd, mut timing } = birth;
-    let Inherited { mut machine, foreign, source } = inherited;
+    let (mut birth, Inherited { mut machine, foreign, source }) = (birth, inherited);
+    if let Some(errand) = birth.errand.take() {
+        crate::snapshot::run_writer(birth, &machine, &source, errand);
+    }
+    let Birth { spec, destiny, report, saved, crowd, mut timing, .. } = birth;
     let record = VmRecord {
         id: spec.id.clone(),
         name: spec.name.clone(),
@@ -80,7 +83,9 @@ pub fn be_born(birth: Birth, inherited: Inherited) -> Result<Role, Box<Stillborn
                 let engine = Engine::rebuild(&machine, &saved, &mut timing)?;
                 Newborn { machine, engine, dir: &spec.dir, record, crowd, timing }.settle_in()
             }
-            Destiny::Zygote => settle_as_zygote(machine, saved, &spec.dir, record, timing),
+            Destiny::Zygote | Destiny::Writer => {
+                settle_as_zygote(machine, saved, &spec.dir, record, timing)
+            }
         });
     match (born, destiny) {
         (Ok(Role::Running(mut running)), _) => {

@@ -30,6 +30,7 @@ use forkd_sys::fork::{Child, Fork};
 use forkd_vm::{VcpuState, VmState};
 
 use self::crowd::Crowd;
+use crate::snapshot::Errand;
 
 /// State that KVM holds and fork(2) does not copy. Everything else of a VM is process memory.
 #[derive(Debug)]
@@ -56,6 +57,11 @@ impl Quiesced {
         Self { saved }
     }
 
+    /// What KVM held.
+    pub fn saved(&self) -> &SavedKvm {
+        &self.saved
+    }
+
     fn fork(&self) -> io::Result<Fork> {
         // SAFETY: the witness says that every other thread is a parked vCPU thread, which holds no lock:
         // it waits on its condition variable. The child never runs those threads' destructors
@@ -71,6 +77,8 @@ pub enum Destiny {
     Vm,
     /// A zygote.
     Zygote,
+    /// A process that writes a durable snapshot and ends.
+    Writer,
 }
 
 /// A child, in the child: who it is to be, and all it needs from its source's stack.
@@ -86,6 +94,8 @@ pub struct Birth {
     pub saved: Arc<SavedKvm>,
     /// What it waits at before it wakes up.
     pub crowd: Option<Crowd>,
+    /// What a writer is to write.
+    pub errand: Option<Errand>,
     /// Marks so far.
     pub timing: Timing,
 }
@@ -145,7 +155,8 @@ pub fn fork_all(
                     let timing =
                         Timing { requested_ns, fork_begin_ns, fork_end_ns, ..Timing::default() };
                     let saved = Arc::clone(&quiesced.saved);
-                    let birth = Birth { spec, destiny, report: writer, saved, crowd, timing };
+                    let birth =
+                        Birth { spec, destiny, report: writer, saved, crowd, errand: None, timing };
                     return Forked::Child(Box::new(birth));
                 }
             },

@@ -42,8 +42,8 @@ pub enum AnswerAs {
 /// An answered request.
 #[derive(Debug)]
 pub struct Answered {
-    /// Whose.
-    pub request: RequestId,
+    /// Whose; none if nobody waits.
+    pub request: Option<RequestId>,
     /// In what form.
     pub form: AnswerAs,
     /// What became of the children.
@@ -51,7 +51,7 @@ pub struct Answered {
 }
 
 struct Batch {
-    request: RequestId,
+    request: Option<RequestId>,
     form: AnswerAs,
     results: Vec<Option<ChildResult>>,
     source: Option<SourcePause>,
@@ -104,15 +104,23 @@ impl Offspring {
         self.next
     }
 
-    /// Opens a batch for `count` children of one request.
-    pub fn open_batch(&mut self, request: RequestId, form: AnswerAs, count: usize) -> u64 {
+    /// Opens a batch for `count` children of one request, which have so long to report; by default the time that
+    /// children need to run.
+    pub fn open_batch(
+        &mut self,
+        request: Option<RequestId>,
+        form: AnswerAs,
+        count: usize,
+        limit: Option<Duration>,
+    ) -> u64 {
         let id = self.token();
+        let limit = limit.unwrap_or(REPORT_TIMEOUT + REPORT_TIMEOUT_EACH * count as u32);
         let batch = Batch {
             request,
             form,
             results: vec![None; count],
             source: None,
-            deadline: Instant::now() + REPORT_TIMEOUT + REPORT_TIMEOUT_EACH * count as u32,
+            deadline: Instant::now() + limit,
         };
         self.batches.insert(id, batch);
         id

@@ -6,9 +6,10 @@
 
 pub mod config;
 pub mod engine;
+mod parts;
+pub mod saved;
 mod wiring;
 
-use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
@@ -19,14 +20,14 @@ use forkd_api::types::{DriveConfig, Metrics, VmConfig};
 use forkd_devices::bus::Bus;
 use forkd_devices::i8042::I8042;
 use forkd_devices::serial::{ConsoleLog, Serial};
-use forkd_devices::virtio::block::{Block, BlockConfig, Disk, DiskConfig};
-use forkd_devices::virtio::mmio::{MmioTransport, Transport};
+use forkd_devices::virtio::block::{Block, BlockConfig};
+use forkd_devices::virtio::mmio::MmioTransport;
 use forkd_devices::virtio::pmem::{Pmem, PmemConfig};
 use forkd_devices::virtio::rng::Rng;
 use forkd_devices::virtio::vsock::{Vsock, VsockEndpoint};
 use forkd_devices::vmgenid::VmGenId;
 use forkd_memory::{AnonOptions, GuestRam};
-use forkd_sys::mmap::{AnonymousOptions, Mapping};
+use forkd_snapshot::Digest;
 use forkd_sys::reactor::{Interest, Reactor, Readiness, Token};
 use forkd_sys::wake::Waker;
 use forkd_vm::{ExitBus, Host, MemSlot, layout};
@@ -38,6 +39,7 @@ use crate::fork::fds::{Disposition, Registry};
 use crate::process::VmmError;
 use crate::run_dir::RunDir;
 use engine::Engine;
+use parts::{Root, Slots, Slotted, open_disk};
 use wiring::Wiring;
 
 /// Bytes of serial console that a VM keeps on disk; older output makes room for newer.
@@ -45,11 +47,6 @@ const CONSOLE_LIMIT: u64 = 1 << 20;
 
 /// Lines of console that an error message quotes.
 const TAIL_LINES: usize = 10;
-
-/// Linux takes a pmem region in units of 2 MiB (a subsection of ZONE_DEVICE memory).
-const PMEM_UNIT: u64 = 2 << 20;
-
-const PAGE: u64 = 4096;
 
 /// Why a machine could not be built.
 #[derive(Debug, thiserror::Error)]
@@ -123,21 +120,6 @@ impl ExitBus for Buses {
     }
 }
 
-/// The root image in guest-physical memory: the file, and zeroes up to the next unit.
-#[derive(Debug)]
-struct Root {
-    gpa: u64,
-    file: Mapping,
-    tail: Option<Mapping>,
-}
-
-/// A virtio device at its slot, as the event loop sees it.
-struct Slotted {
-    slot: u8,
-    name: String,
-    transport: Arc<dyn Transport>,
-}
-
 /// The machine.
 pub struct Machine {
     host: Host,
@@ -153,6 +135,22 @@ pub struct Machine {
     vsock: VsockEndpoint,
     /// Fds of the disks' base images.
     disks: Vec<RawFd>,
+    /// The disks.
+    blocks: Vec<Arc<MmioTransport<Block>>>,
+    blueprint: Blueprint,
+}
+
+/// What a machine is built to, besides its RAM.
+#[derive(Debug, Clone)]
+pub struct Blueprint {
+    /// The VM's id, which its disks tell the guest.
+    pub id: String,
+    /// File of the root image.
+    pub root: PathBuf,
+    /// Block devices.
+    pub drives: Vec<DriveConfig>,
+    /// Digest of the kernel that was booted.
+    pub kernel: String,
 }
 
 impl std::fmt::Debug for Machine {
@@ -166,15 +164,41 @@ fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Machine {
-    /// Builds a machine.
+    /// Builds a machine that is to boot.
     ///
     /// # Errors
     /// The first part that could not be had.
     pub fn build(config: &VmConfig, dir: &RunDir) -> Result<Self, MachineError> {
         let host = Host::open()?;
         let ram = GuestRam::anonymous(config.mem_mib, AnonOptions { thp: true })?;
+        let kernel = std::fs::read(&config.kernel).map_err(|source| MachineError::File {
+            what: "kernel",
+            path: config.kernel.clone(),
+            source,
+        })?;
+        let blueprint = Blueprint {
+            id: config.id.clone(),
+            root: config.root.clone(),
+            drives: config.drives.clone(),
+            kernel: Digest::of(&kernel).to_string(),
+        };
+        let machine = Self::assemble(host, ram, blueprint, dir)?;
+        machine.listen_vsock(dir)?;
+        Ok(machine)
+    }
+
+    /// Puts a machine together over some RAM. It does not listen for connections yet.
+    ///
+    /// # Errors
+    /// The first part that could not be had.
+    pub fn assemble(
+        host: Host,
+        ram: GuestRam,
+        blueprint: Blueprint,
+        dir: &RunDir,
+    ) -> Result<Self, MachineError> {
         let wiring = Wiring::new().map_err(|e| MachineError::Io("cannot make an eventfd", e))?;
-        let root = Root::map(config, &ram)?;
+        let root = Root::map(&blueprint.root, &ram)?;
         let console_path = dir.file("console.log");
         let console = ConsoleLog::create(&console_path, CONSOLE_LIMIT)
             .map_err(|e| MachineError::Io("cannot make the console's log", e.into()))?;
@@ -196,16 +220,17 @@ impl Machine {
         slots.add("pmem0", Pmem::new(PmemConfig { start: root.gpa, size: root.len() }))?;
         slots.add("rng", Rng::new())?;
         let vsock = VsockEndpoint::new(slots.add("vsock", Vsock::new())?);
-        let mut disks = Vec::new();
-        for (index, drive) in config.drives.iter().enumerate() {
+        let (mut disks, mut blocks) = (Vec::new(), Vec::new());
+        for (index, drive) in blueprint.drives.iter().enumerate() {
             let (disk, fd) = open_disk(index, drive)?;
             disks.extend(fd);
-            let id = format!("{}-{index}", config.id);
-            slots.add(&format!("drive{index}"), Block::new(disk, &BlockConfig { id }))?;
+            let id = format!("{}-{index}", blueprint.id);
+            blocks
+                .push(slots.add(&format!("drive{index}"), Block::new(disk, &BlockConfig { id }))?);
         }
         let virtio = slots.taken;
         let buses = Arc::new(buses);
-        let machine = Self {
+        Ok(Self {
             host,
             ram,
             root,
@@ -218,9 +243,24 @@ impl Machine {
             virtio,
             vsock,
             disks,
-        };
-        machine.listen_vsock(dir)?;
-        Ok(machine)
+            blocks,
+            blueprint,
+        })
+    }
+
+    /// The host that it runs on.
+    pub fn host(&self) -> &Host {
+        &self.host
+    }
+
+    /// Guest RAM.
+    pub fn ram(&self) -> &GuestRam {
+        &self.ram
+    }
+
+    /// What it was built to.
+    pub fn blueprint(&self) -> &Blueprint {
+        &self.blueprint
     }
 
     /// Memory slots for KVM, RAM first.
@@ -453,72 +493,3 @@ impl Machine {
 /// The keyboard's interrupt (ISA IRQ 1) and ports 0x60 to 0x64.
 const I8042_GSI: u32 = 1;
 const I8042_PORTS: u64 = 5;
-
-impl Root {
-    fn map(config: &VmConfig, ram: &GuestRam) -> Result<Self, MachineError> {
-        let path = &config.root;
-        let fail = |source| MachineError::File { what: "root image", path: path.clone(), source };
-        let file = File::open(path).map_err(fail)?;
-        let len = file.metadata().map_err(fail)?.len().next_multiple_of(PAGE);
-        let mapping = Mapping::file_shared_readonly(&file, 0, len as usize).map_err(fail)?;
-        let gap = len.next_multiple_of(PMEM_UNIT) - len;
-        let tail = match gap {
-            0 => None,
-            _ => Some(Mapping::anonymous(gap as usize, AnonymousOptions::default()).map_err(fail)?),
-        };
-        let gpa = ram.free_gpa_above(layout::PMEM_ALIGN);
-        Ok(Self { gpa, file: mapping, tail })
-    }
-
-    fn len(&self) -> u64 {
-        (self.file.len() + self.tail.as_ref().map_or(0, Mapping::len)) as u64
-    }
-}
-
-/// Hands out virtio-mmio slots.
-struct Slots<'a> {
-    ram: &'a GuestRam,
-    wiring: &'a Wiring,
-    mmio: &'a mut Bus,
-    taken: Vec<Slotted>,
-}
-
-impl Slots<'_> {
-    fn add<D: forkd_devices::virtio::VirtioDevice + 'static>(
-        &mut self,
-        name: &str,
-        device: D,
-    ) -> Result<Arc<MmioTransport<D>>, MachineError> {
-        let slot = self.taken.len() as u8;
-        let full = || MachineError::Io("no virtio slot is left", io::ErrorKind::OutOfMemory.into());
-        let (gpa, gsi) =
-            layout::virtio_mmio_addr(slot).zip(layout::virtio_mmio_gsi(slot)).ok_or_else(full)?;
-        let transport = Arc::new(MmioTransport::new(
-            device,
-            self.ram.guest().clone(),
-            self.wiring.interrupt(gsi),
-            self.wiring.doorbell(),
-        ));
-        self.mmio.insert(gpa, layout::VIRTIO_MMIO_STRIDE, transport.front())?;
-        let name = name.to_owned();
-        self.taken.push(Slotted { slot, name, transport: transport.clone() });
-        Ok(transport)
-    }
-}
-
-/// A disk, and the fd that it keeps open for its base image.
-fn open_disk(index: usize, drive: &DriveConfig) -> Result<(Disk, Option<RawFd>), MachineError> {
-    let open = |path: &PathBuf| {
-        File::open(path).map_err(|source| MachineError::File {
-            what: "disk image",
-            path: path.clone(),
-            source,
-        })
-    };
-    let base = drive.path.as_ref().map(open).transpose()?;
-    let fd = base.as_ref().map(AsRawFd::as_raw_fd);
-    let size = drive.size_mib.map(|mib| u64::from(mib) << 20);
-    let config = DiskConfig { base, size, read_only: drive.read_only, layer_quota: u64::MAX };
-    let disk = Disk::new(config).map_err(|source| MachineError::Disk { index, source })?;
-    Ok((disk, fd))
-}

@@ -21,7 +21,7 @@ use crate::guest::{self, Guest};
 use crate::paths::Paths;
 use crate::progress::Step;
 use crate::vm_client::VmClient;
-use crate::{assets, cleanup, host, id, output, registry};
+use crate::{assets, cleanup, host, id, output, persist, registry};
 
 /// Most bytes of warm-up code.
 const MAX_WARM: u64 = 16 << 20;
@@ -77,6 +77,9 @@ pub struct Args {
     /// Seconds the guest has to boot; by default 60, or 300 where its kernel mode is emulated (PVM)
     #[arg(long, value_name = "S", value_parser = clap::value_parser!(u32).range(1..=3600))]
     boot_timeout: Option<u32>,
+    /// Write it to disk as well, so that it outlives a restart of the host
+    #[arg(long)]
+    durable: bool,
     #[command(flatten)]
     output: OutputArgs,
 }
@@ -141,8 +144,14 @@ impl Args {
     /// Nothing is left behind.
     pub fn run(self, paths: &Paths) -> Result<ExitCode> {
         cleanup::watch_signals().context("cannot watch signals")?;
-        let json = self.output.json;
+        let (json, durable) = (self.output.json, self.durable);
         let created = create(paths, &self.plan()?)?;
+        if durable {
+            let live = registry::snapshot(paths, &created.tag)?;
+            let step = Step::begin(&format!("write snapshot {}", created.tag), json);
+            persist::save(paths, &live, true)?;
+            step.done("");
+        }
         if json {
             output::json(&created)?;
         } else {
@@ -309,7 +318,7 @@ pub fn create(paths: &Paths, plan: &Plan) -> Result<Created> {
     let begun = Instant::now();
     let dir = paths.snapshot(&plan.tag);
     let half_made = guard_snapshot(&dir, &config.id);
-    let zygote = booted.client.zygote(&plan.tag, &dir).map_err(|e| booted.explain(e))?;
+    let zygote = booted.client.zygote(&plan.tag, &dir, true).map_err(|e| booted.explain(e))?;
     let snapshot_us = u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
     step.done("");
     booted.stop();

@@ -1,0 +1,96 @@
+//! Live snapshots become durable, and durable ones live.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use forkd_api::types::RestoreConfig;
+use forkd_image::ImageStore;
+use forkd_snapshot::{SnapshotError, Store};
+
+use crate::boot;
+use crate::paths::Paths;
+use crate::progress::Step;
+use crate::registry::{self, Live};
+
+/// Writes a live snapshot to the store, under its tag. Without `wait` the writing has begun when this returns.
+///
+/// # Errors
+/// The tag is in the store already, or writing failed.
+pub fn save(paths: &Paths, live: &Live, wait: bool) -> Result<()> {
+    let store = store_dir(paths)?;
+    let saved = live.client.persist(&store, wait);
+    saved.with_context(|| format!("snapshot {} did not become durable", live.record.id))
+}
+
+/// The store's directory, made if there is none.
+///
+/// # Errors
+/// It can't be made.
+pub fn store_dir(paths: &Paths) -> Result<std::path::PathBuf> {
+    let dir = paths.snapshot_store();
+    std::fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
+    Ok(dir)
+}
+
+/// Finds a snapshot to fork from: a live one, or a durable one, which is loaded.
+///
+/// # Errors
+/// There is none of that tag, or it can't be loaded here.
+pub fn find(paths: &Paths, tag: &str, quiet: bool) -> Result<Live> {
+    forkd_image::check_tag(tag).map_err(anyhow::Error::msg)?;
+    let store = paths.snapshot_store();
+    let live =
+        || registry::snapshots(paths).map(|all| all.into_iter().find(|l| l.record.id == tag));
+    if let Some(found) = live()? {
+        return Ok(found);
+    }
+    if !store.exists() {
+        return registry::snapshot(paths, tag);
+    }
+    let snapshot = match Store::open(&store)?.get(tag) {
+        Ok(snapshot) => snapshot,
+        Err(SnapshotError::NotFound(_)) => return registry::snapshot(paths, tag),
+        Err(error) => return Err(error.into()),
+    };
+    let image = &snapshot.manifest().image;
+    let root = root_image(paths, tag, &image.digest, image.tag.as_deref())?;
+    paths.prepare_run()?;
+    let step = Step::begin(&format!("load snapshot {tag}"), quiet);
+    let config = RestoreConfig {
+        restore_from: tag.to_string(),
+        store,
+        id: tag.to_string(),
+        dir: paths.snapshot(tag),
+        root,
+    };
+    match boot::restore(&config) {
+        Ok(zygote) => zygote.keep(),
+        // Another command may have loaded it at the same time; then there is one.
+        Err(error) => return live()?.ok_or(error),
+    }
+    step.done("");
+    live()?.with_context(|| format!("snapshot {tag} was loaded, and has ended since"))
+}
+
+fn root_image(
+    paths: &Paths,
+    tag: &str,
+    digest: &str,
+    image: Option<&str>,
+) -> Result<std::path::PathBuf> {
+    let images = ImageStore::open(&paths.data)?;
+    let found = images.list()?.into_iter().find(|i| i.record.digest == digest);
+    let Some(found) = found else {
+        let name = image.map(|tag| format!(" ({tag})")).unwrap_or_default();
+        bail!(
+            "snapshot {tag} needs root image {digest}{name}, which is not here: build or copy it to {}",
+            display(&paths.data)
+        );
+    };
+    images.verify(&found).with_context(|| format!("image {digest}"))?;
+    Ok(found.path)
+}
+
+fn display(dir: &Path) -> String {
+    dir.join("images").display().to_string()
+}

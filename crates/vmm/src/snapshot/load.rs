@@ -1,0 +1,164 @@
+//! Loading a durable snapshot: a zygote over its files.
+//!
+//! RAM is mapped from the snapshot's files, privately: nothing is read before the guest touches it, and all children of
+//! all zygotes of a snapshot share the page cache.
+
+use std::io::{self, Read};
+use std::ops::Range;
+use std::sync::Arc;
+
+use forkd_api::types::{DriveConfig, RestoreConfig, Timing, VmRecord};
+use forkd_devices::virtio::block::ExtentKind;
+use forkd_memory::{FileExtent, GuestRam};
+use forkd_snapshot::{
+    HostFacts, KvmFlavour, Loaded, PAGE_SIZE, Platform, Resolved, Store, Verification, check_host,
+};
+use forkd_sys::clock::{monotonic_ns, realtime_ns};
+use forkd_sys::reactor::Reactor;
+use forkd_vm::Host;
+use forkd_vm::host::Flavour;
+
+use super::state::SavedVm;
+use crate::control::Control;
+use crate::fork::child;
+use crate::machine::{Blueprint, Machine, MachineError};
+use crate::process::{VmmError, tell};
+use crate::run_dir::RunDir;
+use crate::zygote::Zygote;
+
+/// Builds a zygote from a durable snapshot, says so on standard output, and lets go of the standard streams.
+///
+/// # Errors
+/// The snapshot is damaged, or not for this host; something can't be had. The run directory is removed then.
+pub fn restore(config: &RestoreConfig) -> Result<Zygote, VmmError> {
+    let requested_ns = monotonic_ns();
+    let dir = RunDir::create(&config.dir)?;
+    let zygote = build(config, &dir, requested_ns);
+    match zygote {
+        Ok((control, machine, saved, record, timing)) => {
+            tell(&serde_json::json!({"ok": true}));
+            child::detach_stdio(&dir).map_err(VmmError::io("cannot reopen standard streams"))?;
+            Ok(Zygote { control, machine, saved: Arc::new(saved.kvm), dir, record, timing })
+        }
+        Err(error) => {
+            // The error at hand is the one to tell; a directory that stays is swept later.
+            drop(std::fs::remove_dir_all(dir.path()));
+            Err(error)
+        }
+    }
+}
+
+fn build(
+    config: &RestoreConfig,
+    dir: &RunDir,
+    requested_ns: u64,
+) -> Result<(Control, Machine, SavedVm, VmRecord, Timing), VmmError> {
+    let wrong = |why: String| {
+        VmmError::Config(format!("snapshot {} cannot be loaded: {why}", config.restore_from))
+    };
+    let loaded = Store::open(&config.store)
+        .and_then(|store| store.load(&config.restore_from, Verification::Remembered))
+        .map_err(|e| VmmError::Config(e.to_string()))?;
+    let host = Host::open().map_err(MachineError::from)?;
+    check(&loaded, &host).map_err(wrong)?;
+    let saved = SavedVm::decode(&loaded.state).map_err(|e| wrong(format!("its state: {e}")))?;
+    let manifest = &loaded.manifest;
+    let mem_mib = u32::try_from(manifest.mem_mib)
+        .map_err(|_| wrong(format!("{} MiB of RAM", manifest.mem_mib)))?;
+    let record = VmRecord {
+        id: config.id.clone(),
+        name: config.id.clone(),
+        zygote: true,
+        pid: std::process::id(),
+        vcpus: saved.machine.vcpus,
+        mem_mib,
+        image: manifest.image.tag.clone().unwrap_or_else(|| manifest.image.digest.clone()),
+        image_digest: manifest.image.digest.clone(),
+        parent: None,
+        generation: saved.machine.generation,
+        created_unix_ms: realtime_ns() / 1_000_000,
+    };
+    dir.write_record(&record)?;
+    let blueprint = Blueprint {
+        id: saved.machine.id.clone(),
+        root: config.root.clone(),
+        drives: saved.machine.drives.iter().map(DriveConfig::from).collect(),
+        kernel: manifest.kernel.clone(),
+    };
+    let ram = map_ram(&loaded.memory, mem_mib)?;
+    let machine = Machine::assemble(host, ram, blueprint, dir)?;
+    machine.restore_devices(&saved.devices).map_err(|e| wrong(e.to_string()))?;
+    for (index, disk) in loaded.disks.iter().enumerate() {
+        fill_disk(&machine, index, disk).map_err(|e| wrong(e.to_string()))?;
+    }
+    if let Err(error) = machine.share_root() {
+        crate::log::line(&format!("children map the root image on their own: {error}"));
+    }
+    let reactor = Reactor::new().map_err(VmmError::io("cannot make an epoll set"))?;
+    let control = Control::new(reactor, &dir.file("api.sock"))?;
+    let timing = Timing { requested_ns, ready_ns: monotonic_ns(), ..Timing::default() };
+    Ok((control, machine, saved, record, timing))
+}
+
+/// Whether the snapshot is for this host. Its kernel is in its RAM; its root image was found by digest.
+fn check(loaded: &Loaded, host: &Host) -> Result<(), String> {
+    let kvm = match host.flavour() {
+        Flavour::Pvm => KvmFlavour::Pvm,
+        Flavour::Vmx => KvmFlavour::Vmx,
+        Flavour::Svm => KvmFlavour::Svm,
+        Flavour::Unknown => return Err("it is not known which KVM this host has".to_owned()),
+    };
+    let facts = HostFacts {
+        platform: Platform::of_host(kvm).map_err(|e| e.to_string())?,
+        kernels: vec![loaded.manifest.kernel.clone()],
+        images: vec![loaded.manifest.image.digest.clone()],
+    };
+    check_host(&loaded.manifest, &facts)
+        .map_err(|found| found.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))
+}
+
+fn map_ram(memory: &Resolved, mem_mib: u32) -> Result<GuestRam, VmmError> {
+    let files = memory.files.iter().map(|source| source.file.try_clone());
+    let files: Vec<_> =
+        files.collect::<io::Result<_>>().map_err(VmmError::io("cannot share the memory's file"))?;
+    let extents = memory.extents.iter().map(|e| FileExtent {
+        ram_offset: e.offset,
+        len: e.len,
+        file: e.file,
+        file_offset: e.file_offset,
+    });
+    let extents: Vec<FileExtent> = extents.collect();
+    Ok(GuestRam::from_file(mem_mib, &files, &extents).map_err(MachineError::from)?)
+}
+
+fn fill_disk(machine: &Machine, index: usize, disk: &Resolved) -> io::Result<()> {
+    let data = disk.extents.iter().map(|e| (e.offset..e.offset + e.len, ExtentKind::Data));
+    let zero = disk.zeroes.iter().map(|range| (range.clone(), ExtentKind::Zero));
+    let mut all: Vec<(Range<u64>, ExtentKind)> = data.chain(zero).collect();
+    all.sort_unstable_by_key(|(range, _)| range.start);
+    let ranges = all.iter().filter(|(_, kind)| *kind == ExtentKind::Data).map(|(r, _)| r.clone());
+    let mut reader = DiskReader { disk, ranges: ranges.collect(), next: 0, at: 0 };
+    machine.fill_disk(index, &all, &mut reader).map_err(io::Error::other)
+}
+
+/// The data of a disk's extents, one after the other.
+struct DiskReader<'a> {
+    disk: &'a Resolved,
+    ranges: Vec<Range<u64>>,
+    next: usize,
+    at: u64,
+}
+
+impl Read for DiskReader<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let Some(range) = self.ranges.get(self.next) else { return Ok(0) };
+        let left = range.end - range.start - self.at;
+        let len = left.min(buffer.len() as u64).min(PAGE_SIZE) as usize;
+        self.disk.read_at(range.start + self.at, &mut buffer[..len]).map_err(io::Error::other)?;
+        self.at += len as u64;
+        if self.at == range.end - range.start {
+            (self.next, self.at) = (self.next + 1, 0);
+        }
+        Ok(len)
+    }
+}

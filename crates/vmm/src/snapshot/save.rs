@@ -1,0 +1,216 @@
+//! Writing a durable snapshot.
+
+use std::io;
+use std::path::Path;
+
+use forkd_api::types::{ChildResult, VmRecord};
+use forkd_devices::virtio::block::{Disk, ExtentKind};
+use forkd_memory::{GuestRam, MemoryBackend};
+use forkd_snapshot::{
+    Facts, ImageRef, KvmFlavour, Mode, PAGE_SIZE, PageWriter, Platform, SnapshotError, Staged,
+    Store,
+};
+use forkd_state::StateError;
+use forkd_sys::pagemap::{Categories, Pagemap, Query};
+use forkd_vm::host::Flavour;
+use vm_memory::{Bytes, GuestAddress};
+
+use super::state::encode;
+use crate::fork::{Birth, SavedKvm};
+use crate::machine::Machine;
+use crate::process::report;
+
+/// Bytes of RAM that are copied at a time.
+const PIECE: u64 = 1 << 20;
+
+/// Why a snapshot could not be written.
+#[derive(Debug, thiserror::Error)]
+pub enum SaveError {
+    /// The store does not take it.
+    #[error(transparent)]
+    Store(#[from] SnapshotError),
+    /// The state can't be encoded.
+    #[error("cannot encode the VM's state: {0}")]
+    State(#[from] StateError),
+    /// RAM can't be read.
+    #[error("cannot read guest RAM at {gpa:#x}: {why}")]
+    Ram {
+        /// Where.
+        gpa: u64,
+        /// Why.
+        why: String,
+    },
+    /// A disk can't be read.
+    #[error("cannot read drive {index}: {source}")]
+    Disk {
+        /// Number of the drive.
+        index: usize,
+        /// Why.
+        source: io::Error,
+    },
+    /// The host is not known well enough to say where the snapshot may be used.
+    #[error("{0}")]
+    Host(&'static str),
+}
+
+/// What a writer is forked for.
+#[derive(Debug)]
+pub struct Errand {
+    /// The snapshot that is begun.
+    pub staged: Staged,
+    /// How it was taken.
+    pub mode: Mode,
+}
+
+/// Begins a flat snapshot `tag` in the store at `store`.
+///
+/// # Errors
+/// The tag is taken, or the store can't be used.
+pub fn stage(store: &Path, tag: &str) -> Result<Staged, SnapshotError> {
+    Store::open(store)?.stage(tag, None)
+}
+
+/// In a process that was forked for it: writes the snapshot, tells the source, and ends.
+pub fn run_writer(birth: Birth, machine: &Machine, source: &VmRecord, errand: Errand) -> ! {
+    let Birth { spec, report: mut pipe, saved, timing, .. } = birth;
+    let Errand { mut staged, mode } = errand;
+    let filled = fill(machine, &saved, source, &mut staged);
+    let written = finish(machine, source, staged, mode, filled);
+    let error = written.as_ref().err().map(ToString::to_string);
+    report(&mut pipe, &ChildResult { id: spec.id, pid: Some(std::process::id()), error, timing });
+    forkd_sys::fork::exit_now(i32::from(written.is_err()))
+}
+
+/// Publishes what [`fill`] has written; the VM may run again.
+///
+/// # Errors
+/// That of `filled`, or [`SaveError`]; the store then lists it as failed, with the reason.
+pub fn finish(
+    machine: &Machine,
+    source: &VmRecord,
+    staged: Staged,
+    mode: Mode,
+    filled: Result<(), SaveError>,
+) -> Result<(), SaveError> {
+    match filled.and_then(|()| facts(machine, source, mode)) {
+        Ok(facts) => Ok(staged.commit(facts).map(drop)?),
+        Err(error) => {
+            // The error at hand is the one to tell; without the note the list says that the writer died.
+            drop(staged.fail(&error.to_string()));
+            Err(error)
+        }
+    }
+}
+
+/// Writes state, RAM and disks of a VM that stands still.
+///
+/// # Errors
+/// [`SaveError`].
+pub fn fill(
+    machine: &Machine,
+    saved: &SavedKvm,
+    source: &VmRecord,
+    staged: &mut Staged,
+) -> Result<(), SaveError> {
+    staged.state(&encode(machine, saved, source.generation)?)?;
+    let ram = staged.memory(u64::from(machine.ram().mem_mib()) << 20)?;
+    write_ram(machine.ram(), &ram)?;
+    let mut index = 0;
+    machine.each_disk(|disk| {
+        let writer = staged.disk(disk.size().next_multiple_of(PAGE_SIZE), true)?;
+        write_disk(disk, &writer).map_err(|source| SaveError::Disk { index, source })??;
+        index += 1;
+        Ok(())
+    })
+}
+
+fn facts(machine: &Machine, source: &VmRecord, mode: Mode) -> Result<Facts, SaveError> {
+    let kvm = match machine.host().flavour() {
+        Flavour::Pvm => KvmFlavour::Pvm,
+        Flavour::Vmx => KvmFlavour::Vmx,
+        Flavour::Svm => KvmFlavour::Svm,
+        Flavour::Unknown => {
+            return Err(SaveError::Host(
+                "it is not known which KVM this host has, so a durable snapshot could not say where it may be used",
+            ));
+        }
+    };
+    Ok(Facts {
+        created_unix_ms: forkd_sys::clock::realtime_ns() / 1_000_000,
+        forkd: env!("CARGO_PKG_VERSION").to_owned(),
+        platform: Platform::of_host(kvm)?,
+        kernel: machine.blueprint().kernel.clone(),
+        image: ImageRef {
+            digest: source.image_digest.clone(),
+            tag: Some(source.image.clone()).filter(|tag| *tag != source.image_digest),
+        },
+        vcpus: u32::from(source.vcpus),
+        mem_mib: u64::from(source.mem_mib),
+        mode,
+    })
+}
+
+/// Writes RAM: regions lie one after the other in the file. What was never touched is skipped where that can be told.
+fn write_ram(ram: &GuestRam, writer: &PageWriter) -> Result<(), SaveError> {
+    let mut pagemap = match ram.kind() {
+        MemoryBackend::Anonymous => Pagemap::own().ok(),
+        _ => None,
+    };
+    let touched = Query {
+        any_of: Categories::PRESENT | Categories::SWAPPED,
+        none_of: Categories::ZERO,
+        ..Query::default()
+    };
+    let mut buffer = vec![0; PIECE as usize];
+    let mut linear = 0;
+    for region in ram.regions() {
+        let host = region.host_addr..region.host_addr + region.len;
+        let mut ranges = Vec::new();
+        let scanned = pagemap.as_mut().is_some_and(|pagemap| {
+            pagemap.scan(host.clone(), touched, |pages| ranges.push(pages.range)).is_ok()
+        });
+        if !scanned {
+            // A kernel without PAGEMAP_SCAN: all of it is read.
+            ranges = vec![host.clone()];
+        }
+        for range in ranges {
+            let mut at = range.start;
+            while at < range.end {
+                let len = PIECE.min(range.end - at) as usize;
+                let offset = at - host.start;
+                let gpa = region.gpa + offset;
+                ram.guest()
+                    .read_slice(&mut buffer[..len], GuestAddress(gpa))
+                    .map_err(|e| SaveError::Ram { gpa, why: e.to_string() })?;
+                writer.write(linear + offset, &buffer[..len])?;
+                at += len as u64;
+            }
+        }
+        linear += region.len;
+    }
+    Ok(())
+}
+
+/// Writes a disk's layer. The outer error is the disk's, the inner one the store's.
+fn write_disk(disk: &Disk, writer: &PageWriter) -> io::Result<Result<(), SnapshotError>> {
+    let mut page = vec![0; PAGE_SIZE as usize];
+    for extent in disk.layer_state().extents {
+        let range = extent.first * PAGE_SIZE..(extent.first + extent.count) * PAGE_SIZE;
+        if extent.kind == ExtentKind::Zero {
+            if let Err(error) = writer.write_zero(range) {
+                return Ok(Err(error));
+            }
+            continue;
+        }
+        for at in range.step_by(PAGE_SIZE as usize) {
+            // The last block of a disk may be a part of a page: the rest of it is zeroes.
+            let len = disk.size().saturating_sub(at).min(PAGE_SIZE) as usize;
+            page.fill(0);
+            disk.read(at, &mut page[..len]).map_err(io::Error::other)?;
+            if let Err(error) = writer.write(at, &page) {
+                return Ok(Err(error));
+            }
+        }
+    }
+    Ok(Ok(()))
+}

@@ -13,6 +13,7 @@ pub mod fork;
 pub mod limits;
 pub mod lock;
 pub mod mmap;
+pub mod pagemap;
 pub mod random;
 pub mod reactor;
 pub mod sched;
@@ -21,6 +22,7 @@ pub mod signal;
 pub mod spawn;
 pub mod timer;
 pub mod unix_path;
+pub mod userfaultfd;
 pub mod wake;
 
 #[cfg(test)]

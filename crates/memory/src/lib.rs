@@ -11,6 +11,7 @@
 //! Known holes: only the anonymous backend exists; RAM cannot be added to a running guest.
 
 pub mod backend;
+pub mod capture;
 pub mod error;
 pub mod layout;
 pub mod ram;

@@ -12,6 +12,7 @@
 
 pub mod backend;
 pub mod capture;
+pub mod dirty;
 pub mod error;
 pub mod layout;
 pub mod ram;

@@ -155,7 +155,7 @@ fn thirty_images_each_of_one_instant() {
                     random ^= random >> 7;
                     random ^= random << 17;
                     // Squared, so that some pages are hot and the last ones long untouched.
-                    let part = (random >> 40) as usize * PAGES / THREADS >> 24;
+                    let part = ((random >> 40) as usize * (PAGES / THREADS)) >> 24;
                     let page = part * part / (PAGES / THREADS) * THREADS + index;
                     let _running = gate.read().expect("gate");
                     let seq = seqs[page].load(Ordering::Relaxed) + 1;

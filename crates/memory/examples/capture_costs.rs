@@ -116,6 +116,13 @@ fn live(mib: usize, rounds: usize, writers: usize, to_file: bool) {
                 }
             });
         }
+        let mut floor = Vec::new();
+        for _ in 0..rounds {
+            longest.store(0, Ordering::Relaxed);
+            std::thread::sleep(Duration::from_millis(500));
+            floor.push(Duration::from_nanos(longest.load(Ordering::Relaxed)));
+        }
+        percentiles("longest single write in 0.5 s without a capture", floor);
         for _ in 0..rounds {
             let config = LiveConfig::new(ram.address() as u64, ram.len() as u64, fd.as_fd());
             let since = Instant::now();
@@ -188,7 +195,8 @@ fn diff(name: &str, ram: &Mapping, kind: Kind, rounds: usize) {
             collects.push(since.elapsed());
         } else {
             let limits = Limits { max_pause: None, fixed: Duration::ZERO, max_rounds: 1 };
-            let precopy = PreCopy::new(&mut tracker, ram, limits).expect("precopy");
+            let mut precopy = PreCopy::new(&mut tracker, ram, limits).expect("precopy");
+            precopy.reserve((dirty_pages * PAGE) as u64).expect("reserve");
             let since = Instant::now();
             drop(precopy.final_round().expect("the pause").0);
             pauses.push(since.elapsed());

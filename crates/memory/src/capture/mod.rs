@@ -60,6 +60,7 @@ mod copier;
 mod guest;
 mod live;
 mod pages;
+mod priority;
 mod report;
 mod writer;
 

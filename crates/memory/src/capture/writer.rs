@@ -24,6 +24,7 @@ use super::PageSink;
 use super::copier::Copier;
 use super::guest::SharedRam;
 use super::pages::WORD_PAGES;
+use super::priority::Urgency;
 use super::report::{Outcome, Report};
 
 /// What the bulk copier claims at once: a fault on it waits for that to be copied.
@@ -32,8 +33,6 @@ const CLAIM_BYTES: u64 = 128 << 10;
 const BATCH_BYTES: usize = 1 << 20;
 /// What is unregistered at once: the source's mappings are locked for as long as that takes.
 const BLOCK_BYTES: u64 = 16 << 20;
-/// How long the handler keeps the CPU, so that it gets it soon: the least that the kernel allows.
-const SLICE: Duration = Duration::from_micros(100);
 
 /// All that the writer works with.
 pub struct Writer<S> {
@@ -243,8 +242,8 @@ fn handle<S: PageSink>(
     caught: &Sender<Caught>,
     freed: &Receiver<Vec<u8>>,
 ) -> Result<HandlerCount, Outcome> {
-    // It sleeps most of the time, and a vCPU waits when it does not. Older kernels ignore it.
-    let _soon = forkd_sys::sched::set_slice(SLICE);
+    // It sleeps most of the time, and a vCPU waits when it does not.
+    Urgency::of_this_thread().hurry();
     let ram = shared.copier.guest();
     let mut count = HandlerCount::default();
     let mut pool = Pool { freed, spare: Vec::new(), made: 0, shared };
@@ -346,6 +345,7 @@ fn bulk<S: PageSink>(shared: &Shared<S>) -> Result<BulkCount, Outcome> {
     let claim = at_once(CLAIM_BYTES).max(1);
     // Whole words, for an unprotect is of captured pages of a word, and may not be half registered.
     let block = at_once(BLOCK_BYTES).next_multiple_of(WORD_PAGES).max(WORD_PAGES);
+    let urgency = Urgency::of_this_thread();
     let mut count = BulkCount::default();
     let mut batch = Batch::default();
     let mut data = 0..0;
@@ -354,7 +354,6 @@ fn bulk<S: PageSink>(shared: &Shared<S>) -> Result<BulkCount, Outcome> {
         if data.end <= page {
             data = ram.data_from(page).map_err(|error| failed("find holes in RAM", error))?;
         }
-        let since = Instant::now();
         let next = if page < data.start {
             let next = data.start.min(done + block);
             let took = shared.copier.take_holes(page..next);
@@ -362,9 +361,12 @@ fn bulk<S: PageSink>(shared: &Shared<S>) -> Result<BulkCount, Outcome> {
             next
         } else {
             let next = shared.copier.states().within_word(page..data.end.min(page + claim)).end;
+            urgency.hurry();
+            let since = Instant::now();
             let took = shared.copier.take(page..next, &mut batch.bytes, &mut batch.runs);
-            count.pages += took.map_err(|error| failed("copy pages", error))? as u64;
             count.longest_claim = count.longest_claim.max(since.elapsed());
+            urgency.relax();
+            count.pages += took.map_err(|error| failed("copy pages", error))? as u64;
             next
         };
         if batch.bytes.len() >= BATCH_BYTES {

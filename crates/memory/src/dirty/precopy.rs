@@ -148,10 +148,15 @@ impl<'a> PreCopy<'a> {
     /// # Errors
     /// [`PreCopyError::Dirty`], [`PreCopyError::NotRam`].
     pub fn round(&mut self) -> Result<Next, PreCopyError> {
+        if self.rounds.is_empty() {
+            let dirty = self.tracker.peek()?;
+            self.reserve(dirty)?;
+        }
         let scan = self.scan()?;
         let round = self.copy(scan)?;
         self.rounds.push(round);
         let dirty = self.tracker.peek()?;
+        self.reserve(dirty)?;
         let estimate = self.estimate(dirty);
         if (dirty as f64) < self.best as f64 * PROGRESS {
             self.in_vain = 0;
@@ -215,6 +220,17 @@ impl<'a> PreCopy<'a> {
         Ok((staging, receipt))
     }
 
+    /// Makes room ready for what is dirty and what becomes so until the pause, half as much again:
+    /// memory that is touched first in the pause would make it longer.
+    ///
+    /// # Errors
+    /// [`PreCopyError::Staging`].
+    pub fn reserve(&mut self, dirty_bytes: u64) -> Result<(), PreCopyError> {
+        let bytes = usize::try_from(dirty_bytes.saturating_mul(3) / 2).unwrap_or(usize::MAX);
+        let staging = self.staging.as_mut().ok_or_else(Self::no_staging)?;
+        staging.reserve(bytes).map_err(PreCopyError::Staging)
+    }
+
     fn no_staging() -> PreCopyError {
         PreCopyError::Staging(io::ErrorKind::NotFound.into())
     }
@@ -240,17 +256,20 @@ impl<'a> PreCopy<'a> {
         let at = |address: u64| usize::try_from(address.wrapping_sub(base)).unwrap_or(usize::MAX);
         let staging = self.staging.as_mut().ok_or_else(Self::no_staging)?;
         let mut bytes = 0;
-        let mut outside = None;
+        let mut failed = None;
         for range in &self.found {
-            if staging.put(self.ram, at(range.start)..at(range.end)).is_err() {
-                outside = Some(range.clone());
+            if let Err(error) = staging.put(self.ram, at(range.start)..at(range.end)) {
+                failed = Some(match error.kind() {
+                    io::ErrorKind::InvalidInput => PreCopyError::NotRam(range.clone()),
+                    _ => PreCopyError::Staging(error),
+                });
                 break;
             }
             bytes += range.end - range.start;
         }
-        if let Some(range) = outside {
+        if let Some(error) = failed {
             self.mark_found();
-            return Err(PreCopyError::NotRam(range));
+            return Err(error);
         }
         self.found.clear();
         Ok(Round { bytes, scan, copy: since.elapsed() })

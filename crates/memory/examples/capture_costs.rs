@@ -90,19 +90,29 @@ fn one_fault() {
     percentiles("one WP fault: write to return, idle host", times);
 }
 
+/// Nanoseconds for which this thread was runnable and had no CPU: the second field of
+/// /proc/thread-self/schedstat.
+fn run_delay() -> u64 {
+    let text = std::fs::read_to_string("/proc/thread-self/schedstat").expect("schedstat");
+    text.split(' ').nth(1).and_then(|ns| ns.parse().ok()).expect("a number")
+}
+
 fn live(mib: usize, rounds: usize, writers: usize, to_file: bool) {
     let (fd, ram) = memfd(mib * MIB);
     let pages = ram.len() / PAGE;
-    let (gate, stop, longest) = (RwLock::new(()), AtomicBool::new(false), AtomicU64::new(0));
+    let (gate, stop) = (RwLock::new(()), AtomicBool::new(false));
+    let (longest, held) = (AtomicU64::new(0), AtomicU64::new(0));
+    let mut helds = vec![];
     let (mut arms, mut stalls, mut prepares, mut waits) = (vec![], vec![], vec![], vec![]);
     let (mut services, mut claims, mut caught) = (vec![], vec![], 0);
     std::thread::scope(|scope| {
         for index in 0..writers {
-            let (ram, gate, stop, longest) = (&ram, &gate, &stop, &longest);
+            let (ram, gate, stop, longest, held) = (&ram, &gate, &stop, &longest, &held);
             scope.spawn(move || {
                 let mut random = index as u64 + 1;
                 while !stop.load(Ordering::Relaxed) {
                     let _running = gate.read().expect("gate");
+                    let (delayed, mut worst) = (run_delay(), 0);
                     for _ in 0..64 {
                         random ^= random << 13;
                         random ^= random >> 7;
@@ -112,7 +122,11 @@ fn live(mib: usize, rounds: usize, writers: usize, to_file: bool) {
                         ram.write_at(page * PAGE, &[1; 64]).expect("write");
                         let ns = since.elapsed().as_nanos() as u64;
                         longest.fetch_max(ns, Ordering::Relaxed);
+                        worst = worst.max(ns);
                     }
+                    // Without what the thread itself waited for a CPU.
+                    let waited = worst.saturating_sub(run_delay() - delayed);
+                    held.fetch_max(waited, Ordering::Relaxed);
                 }
             });
         }
@@ -144,12 +158,14 @@ fn live(mib: usize, rounds: usize, writers: usize, to_file: bool) {
                 capture.arm().expect("arm");
                 arms.push(since.elapsed());
                 longest.store(0, Ordering::Relaxed);
+                held.store(0, Ordering::Relaxed);
             }
             let since = Instant::now();
             capture.go().expect("go");
             let report = capture.wait().expect("an image");
             waits.push(since.elapsed());
             stalls.push(Duration::from_nanos(longest.load(Ordering::Relaxed)));
+            helds.push(Duration::from_nanos(held.load(Ordering::Relaxed)));
             services.push(report.longest_fault);
             claims.push(report.longest_claim);
             caught += report.pages_by_handler;
@@ -166,6 +182,7 @@ fn live(mib: usize, rounds: usize, writers: usize, to_file: bool) {
     percentiles("  prepare", prepares);
     percentiles("  arm", arms);
     percentiles("  longest single write after resume", stalls);
+    percentiles("  the same, without the writer's own wait for a CPU", helds);
     percentiles("  longest fault service", services);
     percentiles("  longest claim of the bulk copier", claims);
     percentiles("  go to done", waits);
@@ -214,8 +231,10 @@ fn main() {
     let (mib, rounds) = (args.next().unwrap_or(1536), args.next().unwrap_or(20));
     one_fault();
     live(mib, rounds, 0, false);
-    live(mib, rounds, 4, false);
-    live(mib, rounds, 4, true);
+    for writers in [1, 2, 4] {
+        live(mib, rounds, writers, false);
+        live(mib, rounds, writers, true);
+    }
     diff("memfd shared", &memfd(mib * MIB).1, Kind::File, rounds);
     for huge_pages in [false, true] {
         let options = AnonymousOptions { noreserve: true, huge_pages, align: 2 << 20 };

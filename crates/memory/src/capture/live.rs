@@ -69,11 +69,14 @@ impl<'a> LiveConfig<'a> {
         {
             return wrong("RAM goes beyond the end of the address space".to_owned());
         }
-        let size = rustix::fs::fstat(self.memfd).map_err(failed("look at RAM's memfd"))?.st_size;
-        if u64::try_from(size).unwrap_or(0) < self.file_offset + self.len {
-            return wrong(format!("the memfd has {size} bytes, fewer than RAM"));
+        let stat = rustix::fs::fstat(self.memfd).map_err(failed("look at RAM's memfd"))?;
+        if u64::try_from(stat.st_size).unwrap_or(0) < self.file_offset + self.len {
+            return wrong(format!("the memfd has {} bytes, fewer than RAM", stat.st_size));
         }
-        Ok(())
+        let maps = std::fs::read_to_string("/proc/self/maps");
+        let maps = maps.map_err(failed("read /proc/self/maps"))?;
+        let range = self.address..self.address + self.len;
+        super::maps::check(&maps, &range, stat.st_ino, self.file_offset)
     }
 }
 

@@ -34,12 +34,17 @@
 //!   the bulk copier's through its own buffer, and no lock is held across a copy or a write. So a slow
 //!   write never holds up a fault, until the pool is full: then faults wait for a buffer, as long as
 //!   [`LiveConfig::max_stall`] at most, and after that the capture fails and the guest goes on.
-//! - Pages are claimed one by one or in chunks of 128 KiB ([`pages`]); a fault on a page that another
+//! - Pages are claimed one by one or in chunks of 128 KiB (pages.rs); a fault on a page that another
 //!   copies waits for that copy, some ten microseconds.
 //! - The last copy of the userfaultfd is the writer's: the source drops its own when it has armed.
 //!   When the writer dies, in whatever way, the kernel drops the protection and wakes all who wait,
 //!   the event loop among them. Nothing needs to watch for that. [`LiveCapture::abort`] is the end of a pipe; the
 //!   control thread, which never touches the disk, unregisters RAM, even if a write hangs.
+//!
+//! - Who has a page that a vCPU may wait for is a real-time thread meanwhile, if this process may have
+//!   such; between its chunks the bulk copier gives the CPU away (priority.rs).
+//! - RAM is unregistered in pieces of 2 MiB, behind the bulk copier: all at once would lock the source's
+//!   mappings for 20 ms with 768 MiB.
 //!
 //! # What the caller sees to
 //!
@@ -59,6 +64,7 @@
 mod copier;
 mod guest;
 mod live;
+mod maps;
 mod pages;
 mod priority;
 mod report;

@@ -1,15 +1,21 @@
-//! Being on the CPU when the guest waits.
+//! The writer's threads and the CPU.
 //!
-//! vCPUs keep every CPU busy. A handler that has to wait for its turn, or a bulk copier that loses the
-//! CPU while it has pages claimed, holds up a vCPU for as long as the scheduler's slices are: several
-//! milliseconds, where the work takes 10 microseconds. So both are real-time threads (`SCHED_FIFO`, its
-//! lowest priority) for just that work, if this process may have such (`CAP_SYS_NICE`, RLIMIT_RTPRIO);
-//! if not, they ask for the shortest slices.
+//! vCPUs keep every CPU busy, and the scheduler takes a CPU away at a tick, every 4 ms (`HZ` 250). So a
+//! fault handler that has to wait for its turn holds up a vCPU for that long, for work of 10
+//! microseconds; so does a bulk copier that loses the CPU in the middle of a chunk that it has claimed,
+//! and a bulk copier that gets a CPU takes it from a vCPU for as long.
+//!
+//! Hence: whoever has a page that a vCPU may wait for is a real-time thread ([`Urgency`]), the handler
+//! always, as it runs only when one waits; the bulk copier for the 50 microseconds of a claim. And the
+//! bulk copier gives the CPU away of its own accord between claims, every half millisecond ([`Turns`]):
+//! as it is not charged for its real-time work it would starve the guest else.
 
 #![allow(unsafe_code)]
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+/// How long the bulk copier keeps a CPU that others want.
+const TURN: Duration = Duration::from_micros(500);
 /// The shortest slice that the kernel gives.
 const SLICE: Duration = Duration::from_micros(100);
 
@@ -19,19 +25,23 @@ fn set(policy: libc::c_int, priority: libc::c_int) -> bool {
     unsafe { libc::sched_setscheduler(0, policy, &raw const parameters) == 0 }
 }
 
-/// How the calling thread can be quick.
+/// Whether the calling thread may be real-time (`SCHED_FIFO`, its lowest priority): with
+/// `CAP_SYS_NICE`, or by RLIMIT_RTPRIO. If not it has short slices, which come sooner, and the rest
+/// of this does nothing.
 #[derive(Debug, Clone, Copy)]
 pub struct Urgency {
     real_time: bool,
 }
 
 impl Urgency {
-    /// Finds out, and asks for short slices.
+    /// Finds out. The thread is an ordinary one afterwards.
     pub fn of_this_thread() -> Self {
-        // Linux before 6.12 ignores it.
-        let _shorter = forkd_sys::sched::set_slice(SLICE);
         let urgency = Self { real_time: set(libc::SCHED_FIFO, 1) };
         urgency.relax();
+        if !urgency.real_time {
+            // Linux before 6.12 ignores it.
+            let _shorter = forkd_sys::sched::set_slice(SLICE);
+        }
         urgency
     }
 
@@ -46,6 +56,25 @@ impl Urgency {
     pub fn relax(self) {
         if self.real_time {
             set(libc::SCHED_OTHER, 0);
+        }
+    }
+}
+
+/// A thread that takes turns with whoever wants its CPU.
+#[derive(Debug)]
+pub struct Turns(Instant);
+
+impl Turns {
+    /// The first turn.
+    pub fn new() -> Self {
+        Self(Instant::now())
+    }
+
+    /// A moment at which the CPU may go; it goes if the turn is over.
+    pub fn pause(&mut self) {
+        if self.0.elapsed() >= TURN {
+            std::thread::yield_now();
+            self.0 = Instant::now();
         }
     }
 }

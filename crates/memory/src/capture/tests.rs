@@ -395,6 +395,10 @@ fn what_cannot_be_captured_is_refused() {
     // Not mapped at all.
     refused(&LiveConfig { address: 1 << 46, ..good });
 
+    let private = Mapping::file_private(&ram.memfd, 0, 8 * PAGE).expect("mapping");
+    let text = refused(&LiveConfig { address: private.address() as u64, ..good });
+    assert!(text.contains("private") && text.contains("start the sandbox"), "{text}");
+
     let mut capture = ram.prepare(FileSink::new(8).0);
     assert!(matches!(capture.go(), Err(CaptureError::Order { .. })), "not armed");
     let text = refused(&good);

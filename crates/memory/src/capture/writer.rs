@@ -24,15 +24,16 @@ use super::PageSink;
 use super::copier::Copier;
 use super::guest::SharedRam;
 use super::pages::WORD_PAGES;
-use super::priority::Urgency;
+use super::priority::{Turns, Urgency};
 use super::report::{Outcome, Report};
 
 /// What the bulk copier claims at once: a fault on it waits for that to be copied.
 const CLAIM_BYTES: u64 = 128 << 10;
 /// What the bulk copier gives to the sink at once.
 const BATCH_BYTES: usize = 1 << 20;
-/// What is unregistered at once: the source's mappings are locked for as long as that takes.
-const BLOCK_BYTES: u64 = 16 << 20;
+/// What is unregistered at once: the source's mappings are locked for as long as that takes, 0.1 ms
+/// for 2 MiB.
+const BLOCK_BYTES: u64 = 2 << 20;
 
 /// All that the writer works with.
 pub struct Writer<S> {
@@ -345,7 +346,7 @@ fn bulk<S: PageSink>(shared: &Shared<S>) -> Result<BulkCount, Outcome> {
     let claim = at_once(CLAIM_BYTES).max(1);
     // Whole words, for an unprotect is of captured pages of a word, and may not be half registered.
     let block = at_once(BLOCK_BYTES).next_multiple_of(WORD_PAGES).max(WORD_PAGES);
-    let urgency = Urgency::of_this_thread();
+    let (urgency, mut turns) = (Urgency::of_this_thread(), Turns::new());
     let mut count = BulkCount::default();
     let mut batch = Batch::default();
     let mut data = 0..0;
@@ -372,6 +373,7 @@ fn bulk<S: PageSink>(shared: &Shared<S>) -> Result<BulkCount, Outcome> {
         if batch.bytes.len() >= BATCH_BYTES {
             count.bytes += batch.give(shared)?;
         }
+        turns.pause();
         page = next;
         if page == done + block || page == pages {
             // In passing, for it makes KVM look at these pages afresh, as unprotecting them just did.

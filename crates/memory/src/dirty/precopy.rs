@@ -28,6 +28,8 @@ const PROGRESS: f64 = 0.9;
 const PATIENCE: u32 = 2;
 /// Rounds smaller than this say nothing about the rate of copying.
 const TELLING_BYTES: u64 = 256 << 10;
+/// Bytes a second, if no round says more: as slow as memory is.
+const ASSUMED_RATE: u64 = 1 << 30;
 
 /// What a pause may cost.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -290,10 +292,7 @@ impl<'a> PreCopy<'a> {
         let rate =
             |bytes: u64, time: Duration| (bytes as f64 / time.as_secs_f64().max(1e-9)) as u64;
         let telling = self.rounds.iter().filter(|round| round.bytes >= TELLING_BYTES);
-        telling.map(|round| rate(round.bytes, round.copy)).min().unwrap_or_else(|| {
-            // Nothing was copied worth speaking of: 1 GiB/s, as memory is that is touched first.
-            1 << 30
-        })
+        telling.map(|round| rate(round.bytes, round.copy)).min().unwrap_or(ASSUMED_RATE)
     }
 }
 

@@ -209,10 +209,9 @@ mod tests {
             let mut model = vec![0u64; 300];
             for (version, (start, len)) in (1..).zip(puts) {
                 let end = (start + len).min(300);
-                for index in start..end {
-                    ram.write_at(index * page, &(version * 1000 + index as u64).to_ne_bytes())
-                        .expect("write");
-                    model[index] = version * 1000 + index as u64;
+                for (index, latest) in (start..).zip(&mut model[start..end]) {
+                    *latest = version * 1000 + index as u64;
+                    ram.write_at(index * page, &latest.to_ne_bytes()).expect("write");
                 }
                 staging.put(&ram, start * page..end * page).expect("put");
             }

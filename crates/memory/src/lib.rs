@@ -15,6 +15,8 @@
 //! Known holes: RAM cannot be added to a running guest.
 
 pub mod backend;
+pub mod capture;
+pub mod dirty;
 pub mod error;
 pub mod layout;
 pub mod memfd;

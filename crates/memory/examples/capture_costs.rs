@@ -1,0 +1,249 @@
+//! What the steps of `live` and `diff` branches cost on this host, without a guest.
+//!
+//!     cargo run --release -p forkd-memory --example capture_costs [MIB] [ROUNDS]
+//!
+//! Threads of this process stand for vCPUs. Under KVM the same steps also drop its page tables.
+
+#![allow(unsafe_code, clippy::print_stdout, clippy::unwrap_used, clippy::expect_used)]
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::FileExt;
+use std::sync::RwLock;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use forkd_memory::capture::{LiveCapture, LiveConfig, PageSink};
+use forkd_memory::dirty::{DirtyTracker, Kind, Limits, PreCopy, Tracked};
+use forkd_sys::mmap::{AnonymousOptions, Mapping};
+use forkd_sys::userfaultfd::{Fault, Features, Mode, Userfaultfd};
+
+const PAGE: usize = 4096;
+const MIB: usize = 1 << 20;
+
+struct FileSink(File);
+
+impl PageSink for FileSink {
+    fn write_page_run(&self, ram_offset: u64, bytes: &[u8]) -> io::Result<()> {
+        self.0.write_all_at(bytes, ram_offset)
+    }
+
+    fn kept_fds(&self) -> Vec<RawFd> {
+        vec![self.0.as_raw_fd()]
+    }
+}
+
+struct NullSink;
+
+impl PageSink for NullSink {
+    fn write_page_run(&self, _ram_offset: u64, _bytes: &[u8]) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn kept_fds(&self) -> Vec<RawFd> {
+        Vec::new()
+    }
+}
+
+fn memfd(len: usize) -> (OwnedFd, Mapping) {
+    let fd = rustix::fs::memfd_create("costs", rustix::fs::MemfdFlags::CLOEXEC).expect("memfd");
+    rustix::fs::ftruncate(&fd, len as u64).expect("size");
+    let mapping = Mapping::file_shared(&fd, 0, len).expect("mapping");
+    mapping.populate_write(0, len).expect("populate");
+    (fd, mapping)
+}
+
+fn percentiles(name: &str, mut times: Vec<Duration>) {
+    times.sort_unstable();
+    let at = |part: usize| times[(times.len() * part / 100).min(times.len() - 1)];
+    println!("{name:<58} p50 {:>10.1?}  p99 {:>10.1?}  max {:>10.1?}", at(50), at(99), at(100));
+}
+
+/// One fault, served by another thread of this process: from the write to its return.
+fn one_fault() {
+    let (_fd, mapping) = memfd(1000 * PAGE);
+    let uffd = Userfaultfd::new(Features::WP_HUGETLBFS_SHMEM, Features::NONE).expect("uffd");
+    let range = mapping.address() as u64..(mapping.address() + mapping.len()) as u64;
+    uffd.register(range.clone(), Mode::WRITE_PROTECT).expect("register");
+    uffd.write_protect(range.clone()).expect("protect");
+    let mut times = Vec::new();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let (mut served, mut faults) = (0, Vec::<Fault>::new());
+            while served < 1000 {
+                uffd.wait(None).expect("poll");
+                faults.clear();
+                served += uffd.read(&mut faults).expect("read");
+                for fault in &faults {
+                    uffd.write_unprotect(fault.address..fault.address + PAGE as u64, true)
+                        .expect("unprotect");
+                }
+            }
+        });
+        for page in 0..1000 {
+            let since = Instant::now();
+            mapping.write_at(page * PAGE, &[1]).expect("write");
+            times.push(since.elapsed());
+        }
+    });
+    percentiles("one WP fault: write to return, idle host", times);
+}
+
+/// Nanoseconds for which this thread was runnable and had no CPU: the second field of
+/// /proc/thread-self/schedstat.
+fn run_delay() -> u64 {
+    let text = std::fs::read_to_string("/proc/thread-self/schedstat").expect("schedstat");
+    text.split(' ').nth(1).and_then(|ns| ns.parse().ok()).expect("a number")
+}
+
+fn live(mib: usize, rounds: usize, writers: usize, to_file: bool) {
+    let (fd, ram) = memfd(mib * MIB);
+    let pages = ram.len() / PAGE;
+    let (gate, stop) = (RwLock::new(()), AtomicBool::new(false));
+    let (longest, held) = (AtomicU64::new(0), AtomicU64::new(0));
+    let mut helds = vec![];
+    let (mut arms, mut stalls, mut prepares, mut waits) = (vec![], vec![], vec![], vec![]);
+    let (mut services, mut claims, mut caught) = (vec![], vec![], 0);
+    std::thread::scope(|scope| {
+        for index in 0..writers {
+            let (ram, gate, stop, longest, held) = (&ram, &gate, &stop, &longest, &held);
+            scope.spawn(move || {
+                let mut random = index as u64 + 1;
+                while !stop.load(Ordering::Relaxed) {
+                    let _running = gate.read().expect("gate");
+                    let (delayed, mut worst) = (run_delay(), 0);
+                    for _ in 0..64 {
+                        random ^= random << 13;
+                        random ^= random >> 7;
+                        random ^= random << 17;
+                        let page = (random >> 20) as usize % pages;
+                        let since = Instant::now();
+                        ram.write_at(page * PAGE, &[1; 64]).expect("write");
+                        let ns = since.elapsed().as_nanos() as u64;
+                        longest.fetch_max(ns, Ordering::Relaxed);
+                        worst = worst.max(ns);
+                    }
+                    // Without what the thread itself waited for a CPU.
+                    let waited = worst.saturating_sub(run_delay() - delayed);
+                    held.fetch_max(waited, Ordering::Relaxed);
+                }
+            });
+        }
+        let mut floor = Vec::new();
+        for _ in 0..rounds {
+            longest.store(0, Ordering::Relaxed);
+            std::thread::sleep(Duration::from_millis(500));
+            floor.push(Duration::from_nanos(longest.load(Ordering::Relaxed)));
+        }
+        percentiles("longest single write in 0.5 s without a capture", floor);
+        for _ in 0..rounds {
+            let config = LiveConfig::new(ram.address() as u64, ram.len() as u64, fd.as_fd());
+            let since = Instant::now();
+            // SAFETY: the other threads hold only the gate, which the writer does not take.
+            let mut capture = unsafe {
+                if to_file {
+                    let file = tempfile::tempfile().expect("a file");
+                    file.set_len(ram.len() as u64).expect("size");
+                    LiveCapture::prepare(&config, FileSink(file), || {})
+                } else {
+                    LiveCapture::prepare(&config, NullSink, || {})
+                }
+            }
+            .expect("prepare");
+            prepares.push(since.elapsed());
+            {
+                let _paused = gate.write().expect("gate");
+                let since = Instant::now();
+                capture.arm().expect("arm");
+                arms.push(since.elapsed());
+                longest.store(0, Ordering::Relaxed);
+                held.store(0, Ordering::Relaxed);
+            }
+            let since = Instant::now();
+            capture.go().expect("go");
+            let report = capture.wait().expect("an image");
+            waits.push(since.elapsed());
+            stalls.push(Duration::from_nanos(longest.load(Ordering::Relaxed)));
+            helds.push(Duration::from_nanos(held.load(Ordering::Relaxed)));
+            services.push(report.longest_fault);
+            claims.push(report.longest_claim);
+            caught += report.pages_by_handler;
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    println!(
+        "live, {mib} MiB, {writers} writers, to {}:",
+        if to_file { "a file" } else { "nowhere" }
+    );
+    let per_page = arms.iter().map(|arm| arm.as_nanos() as f64 / pages as f64 / 1000.0);
+    println!("  arm per mapped page, mean: {:.4} us", per_page.sum::<f64>() / arms.len() as f64);
+    println!("  pages caught by the handler, mean: {}", caught / rounds as u64);
+    percentiles("  prepare", prepares);
+    percentiles("  arm", arms);
+    percentiles("  longest single write after resume", stalls);
+    percentiles("  the same, without the writer's own wait for a CPU", helds);
+    percentiles("  longest fault service", services);
+    percentiles("  longest claim of the bulk copier", claims);
+    percentiles("  go to done", waits);
+}
+
+fn diff(name: &str, ram: &Mapping, kind: Kind, rounds: usize) {
+    let range = ram.address() as u64..(ram.address() + ram.len()) as u64;
+    let since = Instant::now();
+    let mut tracker = DirtyTracker::start(vec![Tracked { range, kind }]).expect("start");
+    let start = since.elapsed();
+    let dirty_pages = 30 * 1_000_000 / PAGE;
+    let stride = ram.len() / PAGE / dirty_pages;
+    let (mut peeks, mut collects, mut pauses, mut firsts) = (vec![], vec![], vec![], vec![]);
+    for round in 0..rounds {
+        let since = Instant::now();
+        for index in 0..dirty_pages {
+            // Scattered, which is the worst for the scan: no two are neighbours.
+            ram.write_at(index * stride * PAGE, &[round as u8; 64]).expect("write");
+        }
+        firsts.push(since.elapsed() / dirty_pages as u32);
+        let since = Instant::now();
+        assert_eq!(tracker.peek().expect("peek"), (dirty_pages * PAGE) as u64);
+        peeks.push(since.elapsed());
+        if round % 2 == 0 {
+            let since = Instant::now();
+            tracker.collect(|_| {}).expect("collect");
+            collects.push(since.elapsed());
+        } else {
+            let limits = Limits { max_pause: None, fixed: Duration::ZERO, max_rounds: 1 };
+            let mut precopy = PreCopy::new(&mut tracker, ram, limits).expect("precopy");
+            precopy.reserve((dirty_pages * PAGE) as u64).expect("reserve");
+            let since = Instant::now();
+            drop(precopy.final_round().expect("the pause").0);
+            pauses.push(since.elapsed());
+        }
+    }
+    println!("diff, {name}, {} MiB, 30 MB dirty, start {start:.1?}:", ram.len() / MIB);
+    percentiles("  a write that is tracked", firsts);
+    percentiles("  peek", peeks);
+    percentiles("  collect", collects);
+    percentiles("  the pause: collect and copy, no round before", pauses);
+}
+
+fn main() {
+    let mut args = std::env::args().skip(1).map(|arg| arg.parse::<usize>().expect("a number"));
+    let (mib, rounds) = (args.next().unwrap_or(1536), args.next().unwrap_or(20));
+    one_fault();
+    live(mib, rounds, 0, false);
+    for writers in [1, 2, 4] {
+        live(mib, rounds, writers, false);
+        live(mib, rounds, writers, true);
+    }
+    diff("memfd shared", &memfd(mib * MIB).1, Kind::File, rounds);
+    for huge_pages in [false, true] {
+        let options = AnonymousOptions { noreserve: true, huge_pages, align: 2 << 20 };
+        let ram = Mapping::anonymous(mib * MIB, options).expect("mapping");
+        if !huge_pages {
+            ram.advise_small_pages().expect("small pages");
+        }
+        ram.populate_write(0, ram.len()).expect("populate");
+        let name = if huge_pages { "anonymous, huge pages" } else { "anonymous, small pages" };
+        diff(name, &ram, Kind::Anonymous, rounds);
+    }
+}

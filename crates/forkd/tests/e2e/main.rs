@@ -31,6 +31,7 @@ mod memory;
 mod runner;
 mod simd;
 mod smp;
+mod snapshots;
 mod vm;
 
 use std::process::ExitCode;
@@ -51,6 +52,7 @@ fn tests() -> Vec<runner::Test> {
         memory::TESTS,
         io_under_load::TESTS,
         lifecycle::TESTS,
+        snapshots::TESTS,
         smp::TESTS,
         bad_boots::TESTS,
     ]

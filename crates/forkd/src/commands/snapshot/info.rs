@@ -175,7 +175,8 @@ fn info_rows(info: &Info) -> Vec<(&'static str, String)> {
         ("vCPUs", manifest.vcpus.to_string()),
         ("RAM", paged(&manifest.memory)),
     ];
-    rows.extend(manifest.disks.iter().map(|disk| ("disk layer", paged(disk))));
+    let disks = manifest.disks.iter().enumerate();
+    rows.extend(disks.map(|(index, disk)| ("disk layer", format!("{index}: {}", paged(disk)))));
     let on_disk = output::bytes(info.disk_bytes);
     rows.extend([
         (

@@ -92,8 +92,10 @@ impl Args {
     pub fn run(self, paths: &Paths) -> Result<ExitCode> {
         let mut entries = Vec::new();
         if let Some(store) = durable::existing(paths)? {
-            // What a dead writer left takes space until somebody looks.
-            store.sweep()?;
+            // What a dead writer left takes space until somebody looks. That it can't be freed hides nothing.
+            if let Err(error) = store.sweep() {
+                output::note(&format!("forkd: cannot clear away what dead writers left: {error}"));
+            }
             entries = store.list()?;
         }
         let live = parallel::map(&registry::snapshots(paths)?, |live| Zygote {

@@ -259,7 +259,7 @@ fn damage_is_named_by_file_and_block(suite: &Suite) -> Result<()> {
     ] {
         let path = flip(dir, file, at)?;
         home.run("verify", &["top"])?.status_is(1)?.one_line(&[&path, block])?;
-        home.run("compact", &["top"])?.status_is(1)?.one_line(&[&path, block])?;
+        home.run("compact", &["top", "--json"])?.status_is(1)?.one_line(&[&path, block])?;
         ensure!(home.json("info", &["top"])?["durable"]["parents"][0] == "mid", "it is another");
         flip(dir, file, at)?;
     }

@@ -1,8 +1,8 @@
 //! fork() for microVMs: the command line.
 //!
 //! One file per verb under [`commands`]. Verbs share: [`paths`] (where things are), [`registry`] (what
-//! lives), [`vm_client`] (talk to a VM process), [`guest`] (talk to the agent in it), [`boot`] (start one),
-//! [`cleanup`] (leave nothing behind), [`output`] and [`progress`].
+//! lives), [`durable`] (what is on the disk), [`vm_client`] (talk to a VM process), [`guest`] (talk to the
+//! agent in it), [`boot`] (start one), [`cleanup`] (leave nothing behind), [`output`] and [`progress`].
 //!
 //! `forkd vm` is the VM process itself. It is dispatched before anything else happens here: it forks, so it
 //! must not inherit a thread.
@@ -12,6 +12,7 @@ mod boot;
 mod cleanup;
 mod cli;
 mod commands;
+mod durable;
 mod guest;
 mod host;
 mod id;

@@ -2,8 +2,8 @@
 //!
 //! | | FORKD_HOME set | root | others |
 //! |---|---|---|---|
-//! | data: images | `$FORKD_HOME` | `/var/lib/forkd` | `$XDG_DATA_HOME/forkd` |
-//! | run: VMs, snapshots | `$FORKD_HOME/run` | `/run/forkd` | `$XDG_RUNTIME_DIR/forkd` |
+//! | data: images, durable snapshots | `$FORKD_HOME` | `/var/lib/forkd` | `$XDG_DATA_HOME/forkd` |
+//! | run: VMs, live snapshots | `$FORKD_HOME/run` | `/run/forkd` | `$XDG_RUNTIME_DIR/forkd` |
 //! | cache: kernels, initramfs | `$FORKD_CACHE`, or `$XDG_CACHE_HOME/forkd`, or `~/.cache/forkd`, for all | | |
 
 use std::env;
@@ -16,9 +16,9 @@ use anyhow::{Context, Result, bail};
 /// The directories of one forkd installation.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Paths {
-    /// Images.
+    /// Images and durable snapshots.
     pub data: PathBuf,
-    /// Run directories of VMs and snapshots.
+    /// Run directories of VMs and live snapshots.
     pub run: PathBuf,
     /// What can be made again: kernels, initramfs.
     pub cache: PathBuf,
@@ -86,7 +86,7 @@ impl Paths {
         self.vms().join(id)
     }
 
-    /// Run directory of a snapshot.
+    /// Run directory of a live snapshot.
     pub fn snapshot(&self, tag: &str) -> PathBuf {
         self.snapshots().join(tag)
     }
@@ -133,6 +133,8 @@ mod tests {
         let found = paths(&[("FORKD_HOME", "/f"), ("HOME", "/h")], 1000).unwrap();
         assert_eq!(found.vm("vm-1"), Path::new("/f/run/vms/vm-1"));
         assert_eq!(found.data, Path::new("/f"));
+        assert_eq!(found.snapshot_store(), Path::new("/f/snapshots"));
+        assert_eq!(found.snapshot("t"), Path::new("/f/run/snapshots/t"));
         assert_eq!(found.cache, Path::new("/h/.cache/forkd"));
     }
 

@@ -5,12 +5,11 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 use forkd_api::types::RestoreConfig;
 use forkd_image::ImageStore;
-use forkd_snapshot::{SnapshotError, Store};
+use forkd_snapshot::{SnapshotError, Status, Store};
 
-use crate::boot;
 use crate::paths::Paths;
-use crate::progress::Step;
 use crate::registry::{self, Live};
+use crate::{boot, durable};
 
 /// Writes a live snapshot to the store, under its tag. Without `wait` the writing has begun when this returns.
 ///
@@ -20,6 +19,24 @@ pub fn save(paths: &Paths, live: &Live, wait: bool) -> Result<()> {
     let store = store_dir(paths)?;
     let saved = live.client.persist(&store, wait);
     saved.with_context(|| format!("snapshot {} did not become durable", live.record.id))
+}
+
+/// Checks that no snapshot, live or durable, has a tag.
+///
+/// # Errors
+/// One has.
+pub fn require_free_tag(paths: &Paths, tag: &str) -> Result<()> {
+    forkd_image::check_tag(tag).map_err(anyhow::Error::msg)?;
+    let live = registry::snapshots(paths)?.iter().any(|live| live.record.id == tag);
+    let durable = match durable::existing(paths)? {
+        Some(store) => durable::entry(&store, tag)?
+            .is_some_and(|entry| !matches!(entry.status, Status::Failed(_))),
+        None => false,
+    };
+    if live || durable {
+        bail!("snapshot {tag} exists already: pick another tag, or `forkd snapshot rm {tag}`");
+    }
+    Ok(())
 }
 
 /// The store's directory, made if there is none.
@@ -36,7 +53,7 @@ pub fn store_dir(paths: &Paths) -> Result<std::path::PathBuf> {
 ///
 /// # Errors
 /// There is none of that tag, or it can't be loaded here.
-pub fn find(paths: &Paths, tag: &str, quiet: bool) -> Result<Live> {
+pub fn find(paths: &Paths, tag: &str) -> Result<Live> {
     forkd_image::check_tag(tag).map_err(anyhow::Error::msg)?;
     let store = paths.snapshot_store();
     let live =
@@ -50,12 +67,11 @@ pub fn find(paths: &Paths, tag: &str, quiet: bool) -> Result<Live> {
     let snapshot = match Store::open(&store)?.get(tag) {
         Ok(snapshot) => snapshot,
         Err(SnapshotError::NotFound(_)) => return registry::snapshot(paths, tag),
-        Err(error) => return Err(error.into()),
+        Err(error) => return Err(durable::explain(paths, error)),
     };
     let image = &snapshot.manifest().image;
     let root = root_image(paths, tag, &image.digest, image.tag.as_deref())?;
     paths.prepare_run()?;
-    let step = Step::begin(&format!("load snapshot {tag}"), quiet);
     let config = RestoreConfig {
         restore_from: tag.to_string(),
         store,
@@ -68,7 +84,6 @@ pub fn find(paths: &Paths, tag: &str, quiet: bool) -> Result<Live> {
         // Another command may have loaded it at the same time; then there is one.
         Err(error) => return live()?.ok_or(error),
     }
-    step.done("");
     live()?.with_context(|| format!("snapshot {tag} was loaded, and has ended since"))
 }
 

@@ -1,14 +1,16 @@
-//! What lives on this host: VMs and snapshots, read from their run directories.
+//! What lives on this host: VMs and snapshots, read from their run directories. What is on the disk beside:
+//! [`crate::durable`].
 //!
 //! There is no other register. A directory whose lock is free belongs to a dead process; it is swept
 //! whenever a verb looks here.
 
 use std::path::Path;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use forkd_api::types::VmRecord;
 use forkd_vmm::run_dir;
 
+use crate::durable;
 use crate::paths::Paths;
 use crate::vm_client::VmClient;
 
@@ -97,21 +99,34 @@ fn pick(vms: Vec<Live>, reference: &str) -> Result<Live> {
 pub fn snapshot(paths: &Paths, tag: &str) -> Result<Live> {
     forkd_image::check_tag(tag).map_err(anyhow::Error::msg)?;
     let found = snapshots(paths)?.into_iter().find(|live| live.record.id == tag);
-    found.with_context(|| {
-        format!("no snapshot {tag:?}: `forkd snapshot ls` lists them, `forkd snapshot create {tag}` makes it")
-    })
+    found.ok_or_else(|| no_snapshot(tag))
 }
 
-/// Who uses an image: ids of VMs and tags of snapshots.
+/// That there is no such snapshot, and what to do.
+pub fn no_snapshot(tag: &str) -> anyhow::Error {
+    anyhow!(
+        "no snapshot {tag:?}: `forkd snapshot ls` lists them, `forkd snapshot create {tag}` makes it"
+    )
+}
+
+/// Who uses an image: ids of VMs and tags of snapshots, live and durable.
 ///
 /// # Errors
-/// The run directory can't be read.
+/// The run directory or the store of durable snapshots can't be read.
 pub fn users_of_image(paths: &Paths, digest: &str) -> Result<Vec<String>> {
     let snapshots = snapshots(paths)?
         .into_iter()
         .map(|l| (l.record.image_digest, format!("snapshot {}", l.record.id)));
     let vms = vms(paths)?.into_iter().map(|l| (l.record.image_digest, l.record.id));
-    Ok(snapshots.chain(vms).filter(|(d, _)| d == digest).map(|(_, who)| who).collect())
+    let mut users: Vec<String> =
+        snapshots.chain(vms).filter(|(d, _)| d == digest).map(|(_, who)| who).collect();
+    for who in durable::users_of_image(paths, digest)? {
+        // One that is live as well is named once.
+        if !users.contains(&who) {
+            users.push(who);
+        }
+    }
+    Ok(users)
 }
 
 /// Checks that no living VM has one of these names.

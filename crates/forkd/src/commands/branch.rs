@@ -75,12 +75,7 @@ struct Kept {
 }
 
 fn keep(paths: &Paths, source: &Live, tag: &str, mode: BranchMode, wait: bool) -> Result<Kept> {
-    forkd_image::check_tag(tag).map_err(anyhow::Error::msg)?;
-    if registry::snapshots(paths)?.iter().any(|live| live.record.id == tag) {
-        anyhow::bail!(
-            "snapshot {tag} exists already: pick another tag, or `forkd snapshot rm {tag}`"
-        );
-    }
+    persist::require_free_tag(paths, tag)?;
     let store = persist::store_dir(paths)?;
     let tag = tag.to_string();
     match mode {

@@ -104,7 +104,7 @@ impl Args {
     pub fn run(self, paths: &Paths) -> Result<ExitCode> {
         let request = self.fork.request()?;
         cleanup::watch_signals().context("cannot watch signals")?;
-        let source = persist::find(paths, &self.tag, self.fork.output.json)?;
+        let source = persist::find(paths, &self.tag)?;
         let forked = fork(paths, &source, &request)?;
         forked.print(self.fork.output)
     }

@@ -18,6 +18,7 @@ mod bad_input;
 mod branch;
 mod cli;
 mod command;
+mod durable;
 mod eval;
 mod exec;
 mod fixture;
@@ -40,6 +41,7 @@ use std::process::ExitCode;
 fn tests() -> Vec<runner::Test> {
     [
         cli::WITHOUT_GUEST,
+        durable::TESTS,
         bad_input::TESTS,
         cli::WITH_GUEST,
         fork::TESTS,

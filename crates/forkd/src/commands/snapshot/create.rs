@@ -249,14 +249,7 @@ impl Plan {
         if self.disks.len() > MAX_DISKS {
             bail!("{} disks: a VM has {MAX_DISKS} at most", self.disks.len());
         }
-        if registry::snapshots(paths)?.iter().any(|live| live.record.id == self.tag) {
-            bail!(
-                "snapshot {} exists already: pick another tag, or `forkd snapshot rm {}`",
-                self.tag,
-                self.tag
-            );
-        }
-        Ok(())
+        persist::require_free_tag(paths, &self.tag)
     }
 
     fn config(&self, paths: &Paths, boot_timeout_s: u32) -> Result<VmConfig> {

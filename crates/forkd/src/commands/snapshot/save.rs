@@ -8,7 +8,6 @@ use serde::Serialize;
 
 use crate::cli::OutputArgs;
 use crate::paths::Paths;
-use crate::progress::Step;
 use crate::{cleanup, output, persist, registry};
 
 /// Make a live snapshot durable
@@ -44,10 +43,8 @@ impl Args {
     pub fn run(self, paths: &Paths) -> Result<ExitCode> {
         cleanup::watch_signals().context("cannot watch signals")?;
         let live = registry::snapshot(paths, &self.tag)?;
-        let step = Step::begin(&format!("write snapshot {}", self.tag), self.output.json);
         let begun = Instant::now();
         persist::save(paths, &live, !self.no_wait)?;
-        step.done("");
         let status = if self.no_wait { "writing" } else { "durable" };
         if self.output.json {
             let elapsed_us = u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);

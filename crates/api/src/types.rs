@@ -187,12 +187,17 @@ pub struct ZygoteRequest {
     pub rehearse: bool,
 }
 
-/// `POST /persist`: a zygote writes itself into a store of durable snapshots, under its own tag.
+/// `POST /persist`: a forked writer puts a zygote into a store of durable snapshots, under its own tag; or, of a VM
+/// that runs, what changed since the durable snapshot that it came from. The answer of the latter is a
+/// [`ForkResponse`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PersistRequest {
     /// Directory of the store.
     pub store: PathBuf,
+    /// Tag of the diff; not for a zygote.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tag: Option<String>,
     /// Answer once it is durable; otherwise at once, and the store tells what came of it.
     #[serde(default = "yes")]
     pub wait: bool,

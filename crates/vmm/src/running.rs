@@ -12,8 +12,8 @@ use forkd_agent::protocol::init::{Identity, Reason};
 use forkd_api::http::Request;
 use forkd_api::server::RequestId;
 use forkd_api::types::{
-    Action, ChildResult, ChildSpec, DesiredState, InstanceInfo, SnapshotReceipt, SnapshotRequest,
-    Timing, VmConfig, VmInfo, VmPhase, VmRecord, ZygoteRequest,
+    Action, ChildResult, ChildSpec, DesiredState, ForkResponse, InstanceInfo, PersistRequest,
+    SnapshotReceipt, SnapshotRequest, Timing, VmConfig, VmInfo, VmPhase, VmRecord, ZygoteRequest,
 };
 use forkd_snapshot::Mode;
 use forkd_sys::clock::{monotonic_ns, realtime_ns};
@@ -29,7 +29,7 @@ use crate::machine::{Gate, Machine};
 use crate::process::{Next, VmmError, report, tell};
 use crate::requests::{Refusal, VmmAction};
 use crate::run_dir::RunDir;
-use crate::snapshot;
+use crate::snapshot::{self, Errand, WRITE_TIMEOUT};
 use crate::vcpus::VcpuEvent;
 
 /// Who waits to hear that the vCPUs run.
@@ -408,11 +408,7 @@ impl Running {
                 return self.fork(id, vec![spec], Destiny::Zygote);
             }
             VmmAction::Snapshot(request) => return self.snapshot(id, &request),
-            VmmAction::Persist(_) => {
-                let why =
-                    "this VM runs: only a zygote becomes durable by itself; ask for a snapshot";
-                return Ok(Err(Refusal::new(409, why)));
-            }
+            VmmAction::Persist(request) => return self.persist(id, &request),
             VmmAction::SetState(state) => return self.set_state(id, state),
             VmmAction::Act(Action::SendCtrlAltDel) => {
                 self.machine.press_ctrl_alt_del();
@@ -527,6 +523,60 @@ impl Running {
         };
         let offspring = &mut self.control.offspring;
         let batch = offspring.open_batch(Some(request), form, delivered.len(), None);
+        offspring.set_source_pause(batch, pause);
+        offspring.adopt_all(&self.control.reactor, batch, delivered);
+        Ok(Ok(Flow::Go))
+    }
+
+    /// Forks a writer, which saves what changed since the durable snapshot that this VM came from (mode `diff`).
+    fn persist(
+        &mut self,
+        id: RequestId,
+        request: &PersistRequest,
+    ) -> io::Result<Result<Flow, Refusal>> {
+        let requested_ns = monotonic_ns();
+        let refuse = |why: String| Ok(Err(Refusal::new(409, why)));
+        if !matches!(self.phase, VmPhase::Ready | VmPhase::Paused) {
+            return refuse(format!(
+                "the VM is {:?}: only one that is ready can be saved",
+                self.phase
+            ));
+        }
+        let Some(tag) = &request.tag else {
+            return refuse("a VM that runs is no snapshot: give the tag of the diff".to_owned());
+        };
+        let staged = match snapshot::stage_diff(&self.machine, &request.store, tag) {
+            Ok(staged) => staged,
+            Err(why) => return refuse(why),
+        };
+        let mut clock = PauseClock::start();
+        let quiesced = match self.engine.quiesce(&mut clock) {
+            Ok(quiesced) => quiesced,
+            Err(error) => {
+                self.go_on();
+                let why = format!("the VM cannot be saved now: {error}");
+                // The refusal tells, and so does the list.
+                drop(staged.fail(&why));
+                return Ok(Err(Refusal::new(500, why)));
+            }
+        };
+        let errand = Errand { staged, mode: Mode::Diff };
+        let delivered = match snapshot::fork_writer(&quiesced, tag, errand, requested_ns) {
+            Forked::Child(birth) => return Ok(Ok(Flow::Child(birth))),
+            Forked::Source(delivered) => delivered,
+        };
+        clock.forked();
+        self.go_on();
+        let pause = clock.stop();
+        let to = if request.wait {
+            Some(id)
+        } else {
+            let response = ForkResponse { children: Vec::new(), source: Some(pause) };
+            self.control.answer(id, 200, &response)?;
+            None
+        };
+        let offspring = &mut self.control.offspring;
+        let batch = offspring.open_batch(to, AnswerAs::Fork, 1, Some(WRITE_TIMEOUT));
         offspring.set_source_pause(batch, pause);
         offspring.adopt_all(&self.control.reactor, batch, delivered);
         Ok(Ok(Flow::Go))

@@ -5,10 +5,8 @@
 #![allow(unsafe_code)]
 
 use std::io;
-use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::Duration;
 
 use forkd_api::http::Request;
 use forkd_api::server::RequestId;
@@ -19,17 +17,14 @@ use forkd_sys::clock::monotonic_ns;
 use crate::control::{Control, Handled};
 use crate::fork::offspring::AnswerAs;
 use crate::fork::{
-    Birth, Delivered, Destiny, Forked, Quiesced, SavedKvm, child, crowd_of, fork_all, report_pipes,
+    Birth, Destiny, Forked, Quiesced, SavedKvm, child, crowd_of, fork_all, report_pipes,
 };
 use crate::machine::Machine;
 use crate::process::{Next, VmmError};
 use crate::requests::{Refusal, VmmAction};
 use crate::run_dir::RunDir;
 use crate::running::instance_info;
-use crate::snapshot::{self, Errand};
-
-/// How long a writer has. 64 GiB to a disk of 50 MB/s take half an hour.
-const WRITE_TIMEOUT: Duration = Duration::from_secs(3600);
+use crate::snapshot::{self, Errand, WRITE_TIMEOUT};
 
 enum Flow {
     Go,
@@ -154,20 +149,12 @@ impl Zygote {
             Ok(staged) => staged,
             Err(error) => return Ok(Err(Refusal::new(409, error.to_string()))),
         };
-        let spec = ChildSpec { id: tag.clone(), name: tag, dir: PathBuf::new() };
         // SAFETY: this process has one thread, which is here and holds no lock.
         let quiesced = unsafe { Quiesced::vouch(Arc::clone(&self.saved)) };
-        let pipes = report_pipes(1);
-        match fork_all(&quiesced, vec![spec], pipes, None, Destiny::Writer, requested_ns) {
-            Forked::Child(mut birth) => {
-                birth.errand = Some(Errand { staged, mode: Mode::Fork });
-                Ok(Ok(Flow::Child(birth)))
-            }
+        let errand = Errand { staged, mode: Mode::Fork };
+        match snapshot::fork_writer(&quiesced, &tag, errand, requested_ns) {
+            Forked::Child(birth) => Ok(Ok(Flow::Child(birth))),
             Forked::Source(delivered) => {
-                if let Some(Delivered { outcome: Err(error), .. }) = delivered.first() {
-                    // The list tells why; this answer does, too.
-                    drop(staged.fail(&format!("cannot fork a writer: {error}")));
-                }
                 let to = if request.wait {
                     Some(id)
                 } else {

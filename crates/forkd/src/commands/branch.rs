@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 
-use forkd_api::types::SnapshotReceipt;
+use forkd_api::types::{SnapshotReceipt, SourcePause};
 use serde::Serialize;
 
 use crate::cli::OutputArgs;
@@ -30,7 +30,8 @@ pub struct Args {
     #[arg(long, value_name = "TAG", conflicts_with_all = ["count", "name"])]
     snapshot: Option<String>,
     /// How the snapshot is taken: `fork` forks it off, and it writes itself while it can be forked already; `full`
-    /// keeps the VM paused while all of its memory is copied
+    /// keeps the VM paused while all of its memory is copied; `diff` forks
+    /// a process that writes only what changed since the durable snapshot that the VM was forked from
     #[arg(long, value_name = "MODE", default_value = "fork", requires = "snapshot")]
     mode: BranchMode,
     #[command(flatten)]
@@ -44,6 +45,8 @@ enum BranchMode {
     Fork,
     /// By copying.
     Full,
+    /// By fork(2), of what changed since the durable snapshot that the VM came from.
+    Diff,
 }
 
 impl Args {
@@ -72,6 +75,9 @@ struct Kept {
     /// What it cost the source, where that is measured.
     #[serde(skip_serializing_if = "Option::is_none")]
     receipt: Option<SnapshotReceipt>,
+    /// The same of mode `diff`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    source: Option<SourcePause>,
 }
 
 fn keep(paths: &Paths, source: &Live, tag: &str, mode: BranchMode, wait: bool) -> Result<Kept> {
@@ -82,14 +88,20 @@ fn keep(paths: &Paths, source: &Live, tag: &str, mode: BranchMode, wait: bool) -
         BranchMode::Full => {
             let receipt = source.client.snapshot(&store, &tag);
             let receipt = receipt.with_context(|| format!("no snapshot {tag} was taken"))?;
-            Ok(Kept { tag, status: "durable", receipt: Some(receipt) })
+            Ok(Kept { tag, status: "durable", receipt: Some(receipt), source: None })
+        }
+        BranchMode::Diff => {
+            let source = source.client.diff(&store, &tag, wait);
+            let source = source.with_context(|| format!("no snapshot {tag} was taken"))?;
+            let status = if wait { "durable" } else { "writing" };
+            Ok(Kept { tag, status, receipt: None, source })
         }
         BranchMode::Fork => {
             source.client.zygote(&tag, &paths.snapshot(&tag), false)?;
             let live = registry::snapshot(paths, &tag)?;
             persist::save(paths, &live, wait)?;
             let status = if wait { "durable" } else { "writing" };
-            Ok(Kept { tag, status, receipt: None })
+            Ok(Kept { tag, status, receipt: None, source: None })
         }
     }
 }
@@ -99,8 +111,11 @@ impl Kept {
         if output.json {
             output::json(self)?;
         } else {
-            let pause =
-                self.receipt.map(|r| format!(", the VM stood still for {} us", r.source.pause_us));
+            let pause = self
+                .receipt
+                .map(|r| r.source)
+                .or(self.source)
+                .map(|s| format!(", the VM stood still for {} us", s.pause_us));
             output::line(&format!(
                 "snapshot {} is {}{}",
                 self.tag,

@@ -10,6 +10,7 @@ pub const TESTS: &[Test] = tests!["snapshots":
     a_saved_snapshot_outlives_its_zygote 120,
     a_running_vm_is_kept_by_fork 180,
     a_running_vm_is_kept_by_copying 240,
+    diffs_of_diffs_verify 240,
     what_cannot_be_saved_is_named 60,
 ];
 
@@ -105,6 +106,65 @@ fn a_running_vm_is_kept_by_copying(suite: &Suite) -> Result<()> {
     ring(suite, "full", 3)
 }
 
+/// Three generations of diffs, each over the one before, of a guest that writes to RAM and disk all the time.
+fn diffs_of_diffs_verify(suite: &Suite) -> Result<()> {
+    suite.warm()?;
+    keep(suite, "base", "generation = [0]")?;
+    let (mut parent, mut last) = ("base".to_string(), 0);
+    for round in 1..=3 {
+        kill_zygote(suite, &parent)?;
+        let source = suite.fork_of(&parent, 1)?.remove(0);
+        source.run(&format!("generation.append({round})"))?;
+        if round == 1 {
+            source.guest(&["ring", "serve", "/tmp/ring", "/dev/vda"])?;
+        }
+        // Some of RAM changes between the generations, and most does not.
+        source.run("filler = bytes(range(256)) * 4096")?;
+        let tag = format!("diff{round}");
+        let said: Value = suite
+            .forkd(["branch", &source.id, "--snapshot", &tag, "--mode", "diff", "--json"])
+            .ok()?
+            .json()?;
+        println!("    paused for {} us", said["source"]["pause_us"]);
+        source.guest(&["ring", "verify", "/tmp/ring", "/dev/vda"]).context("the source")?;
+        suite.kill_all()?;
+        let on_disk = std::fs::metadata(suite.home().join("snapshots").join(&tag).join("memory"))?;
+        let on_disk = std::os::unix::fs::MetadataExt::blocks(&on_disk) * 512;
+        println!("    {tag} has {} KiB of RAM on disk", on_disk >> 10);
+        ensure!(on_disk < 32 << 20, "a diff of {on_disk} bytes");
+        let loaded = suite.fork_of(&tag, 1)?.remove(0);
+        let head: u64 = loaded
+            .guest(&["ring", "verify", "/tmp/ring", "/dev/vda"])
+            .with_context(|| format!("diff {round}"))?
+            .parse()?;
+        ensure!(head > last, "diff {round} stands at record {head}, an older one at {last}");
+        last = head;
+        ensure!(loaded.value("generation")? == format!("{:?}", (0..=round).collect::<Vec<_>>()));
+        suite.kill_all()?;
+        parent = tag;
+    }
+    // What is in between cannot go, and the flat copy is the same.
+    suite.forkd(["snapshot", "rm", "diff1"]).output()?.one_line(&["diff2"])?;
+    suite.forkd(["snapshot", "verify", "diff3"]).ok()?;
+    kill_zygote(suite, "diff3")?;
+    suite.forkd(["snapshot", "compact", "diff3"]).ok()?;
+    let flat = suite.fork_of("diff3", 1)?.remove(0);
+    flat.guest(&["ring", "verify", "/tmp/ring", "/dev/vda"]).context("the compacted one")?;
+    ensure!(flat.value("generation")? == "[0, 1, 2, 3]");
+    suite.kill_all()?;
+    suite.forkd(["snapshot", "rm", "diff3"]).ok()?;
+    suite.forkd(["snapshot", "rm", "base", "--cascade"]).ok().map(drop)
+}
+
+/// A VM that did not come from a durable snapshot has nothing to be a diff of.
+fn require_advice(suite: &Suite, id: &str) -> Result<()> {
+    suite
+        .forkd(["branch", id, "--snapshot", "no-diff", "--mode", "diff"])
+        .output()?
+        .one_line(&["no-diff", "mode fork"])
+        .map(drop)
+}
+
 /// One line that names the snapshot, and nothing stays.
 fn what_cannot_be_saved_is_named(suite: &Suite) -> Result<()> {
     suite.warm()?;
@@ -119,6 +179,7 @@ fn what_cannot_be_saved_is_named(suite: &Suite) -> Result<()> {
     refused(&["branch", &source.id, "--snapshot", "twice"], "twice")?;
     refused(&["branch", &source.id, "--snapshot", "a/b"], "a/b")?;
     refused(&["branch", &source.id, "--snapshot", WARM], WARM)?;
+    require_advice(suite, &source.id)?;
     ensure!(source.value("1 + 1")? == "2", "the source does not go on");
     // A snapshot whose RAM is damaged is not run.
     kill_zygote(suite, "twice")?;

@@ -64,6 +64,9 @@ impl Stillborn {
 pub fn be_born(birth: Birth, inherited: Inherited) -> Result<Role, Box<Stillborn>> {
     let (mut birth, Inherited { mut machine, foreign, source }) = (birth, inherited);
     if let Some(errand) = birth.errand.take() {
+        if let Some(engine) = foreign {
+            engine.abandon_in_child();
+        }
         crate::snapshot::run_writer(birth, &machine, &source, errand);
     }
     let Birth { spec, destiny, report, saved, crowd, mut timing, .. } = birth;

@@ -151,6 +151,17 @@ pub struct Blueprint {
     pub drives: Vec<DriveConfig>,
     /// Digest of the kernel that was booted.
     pub kernel: String,
+    /// The durable snapshot whose files RAM is mapped from, if it is.
+    pub base: Option<Base>,
+}
+
+/// A durable snapshot that a machine's RAM is mapped from: pages that were not written since are its own.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Base {
+    /// Its tag.
+    pub tag: String,
+    /// Its root hash.
+    pub root: Digest,
 }
 
 impl std::fmt::Debug for Machine {
@@ -181,6 +192,7 @@ impl Machine {
             root: config.root.clone(),
             drives: config.drives.clone(),
             kernel: Digest::of(&kernel).to_string(),
+            base: None,
         };
         let machine = Self::assemble(host, ram, blueprint, dir)?;
         machine.listen_vsock(dir)?;

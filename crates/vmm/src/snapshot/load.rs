@@ -21,7 +21,7 @@ use forkd_vm::host::Flavour;
 use super::state::SavedVm;
 use crate::control::Control;
 use crate::fork::child;
-use crate::machine::{Blueprint, Machine, MachineError};
+use crate::machine::{Base, Blueprint, Machine, MachineError};
 use crate::process::{VmmError, tell};
 use crate::run_dir::RunDir;
 use crate::zygote::Zygote;
@@ -84,6 +84,7 @@ fn build(
         root: config.root.clone(),
         drives: saved.machine.drives.iter().map(DriveConfig::from).collect(),
         kernel: manifest.kernel.clone(),
+        base: Some(Base { tag: config.restore_from.clone(), root: manifest.root }),
     };
     let ram = map_ram(&loaded.memory, mem_mib)?;
     let machine = Machine::assemble(host, ram, blueprint, dir)?;

@@ -2,17 +2,20 @@
 //!
 //! ```text
 //!   zygote --POST /persist--> forks a writer, which writes RAM, disks and state, and ends
-//!   running VM --POST /snapshot--> the same by itself, while its vCPUs are parked (mode `full`)
+//!   running VM --POST /persist--> the same for what changed since the snapshot that it came from (mode `diff`)
+//!   running VM --POST /snapshot--> writes by itself, while its vCPUs are parked (mode `full`)
 //!   forkd vm {restore_from} --> a zygote over the snapshot's files
 //! ```
 //!
-//! The files are the business of `forkd_snapshot`; here is what goes into them. Known holes: snapshots taken here are
-//! flat; those of a chain can be loaded.
+//! The files are the business of `forkd_snapshot`; here is what goes into them. Known hole: a
+//! diff is over the snapshot that the VM was loaded from, not over an earlier diff of the same VM.
 
 mod load;
 mod save;
 mod state;
 
 pub use load::restore;
-pub use save::{Errand, SaveError, fill, finish, run_writer, stage};
+pub use save::{
+    Errand, SaveError, WRITE_TIMEOUT, fill, finish, fork_writer, run_writer, stage, stage_diff,
+};
 pub use state::{MachineState, SavedVm};

@@ -1,9 +1,10 @@
 //! Writing a durable snapshot.
 
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-use forkd_api::types::{ChildResult, VmRecord};
+use forkd_api::types::{ChildResult, ChildSpec, VmRecord};
 use forkd_devices::virtio::block::{Disk, ExtentKind};
 use forkd_memory::{GuestRam, MemoryBackend};
 use forkd_snapshot::{
@@ -16,7 +17,7 @@ use forkd_vm::host::Flavour;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::state::encode;
-use crate::fork::{Birth, SavedKvm};
+use crate::fork::{Birth, Delivered, Destiny, Forked, Quiesced, SavedKvm, fork_all, report_pipes};
 use crate::machine::Machine;
 use crate::process::report;
 
@@ -70,6 +71,53 @@ pub fn stage(store: &Path, tag: &str) -> Result<Staged, SnapshotError> {
     Store::open(store)?.stage(tag, None)
 }
 
+/// Begins a diff `tag` over the durable snapshot that a machine's RAM is mapped from.
+///
+/// # Errors
+/// One line: there is no such snapshot, or not that one any more; the tag is taken, or the store can't be used.
+pub fn stage_diff(machine: &Machine, store: &Path, tag: &str) -> Result<Staged, String> {
+    let Some(base) = &machine.blueprint().base else {
+        return Err("a diff needs a durable snapshot that this VM came from: fork it from one that was loaded, \
+                    or take mode fork"
+            .to_owned());
+    };
+    let staged = Store::open(store)
+        .and_then(|store| store.stage(tag, Some(&base.tag)))
+        .map_err(|e| e.to_string())?;
+    if staged.parent().is_none_or(|parent| parent.root != base.root) {
+        let why = format!(
+            "durable snapshot {} is not the one any more that this VM came from: take mode fork",
+            base.tag
+        );
+        // The answer tells; the list does, too.
+        drop(staged.fail(&why));
+        return Err(why);
+    }
+    Ok(staged)
+}
+
+/// Forks a process that writes what `errand` says; it tells so in a report. In the child, the birth has the errand.
+pub fn fork_writer(quiesced: &Quiesced, tag: &str, errand: Errand, requested_ns: u64) -> Forked {
+    let spec = ChildSpec { id: tag.to_owned(), name: tag.to_owned(), dir: PathBuf::new() };
+    let pipes = report_pipes(1);
+    match fork_all(quiesced, vec![spec], pipes, None, Destiny::Writer, requested_ns) {
+        Forked::Child(mut birth) => {
+            birth.errand = Some(errand);
+            Forked::Child(birth)
+        }
+        Forked::Source(delivered) => {
+            if let Some(Delivered { outcome: Err(error), .. }) = delivered.first() {
+                // The answer tells; the list does, too.
+                drop(errand.staged.fail(&format!("cannot fork a writer: {error}")));
+            }
+            Forked::Source(delivered)
+        }
+    }
+}
+
+/// How long a writer has. 64 GiB to a disk of 50 MB/s take half an hour.
+pub const WRITE_TIMEOUT: Duration = Duration::from_secs(3600);
+
 /// In a process that was forked for it: writes the snapshot, tells the source, and ends.
 pub fn run_writer(birth: Birth, machine: &Machine, source: &VmRecord, errand: Errand) -> ! {
     let Birth { spec, report: mut pipe, saved, timing, .. } = birth;
@@ -114,7 +162,7 @@ pub fn fill(
 ) -> Result<(), SaveError> {
     staged.state(&encode(machine, saved, source.generation)?)?;
     let ram = staged.memory(u64::from(machine.ram().mem_mib()) << 20)?;
-    write_ram(machine.ram(), &ram)?;
+    write_ram(machine.ram(), &ram, staged.parent().is_some())?;
     let mut index = 0;
     machine.each_disk(|disk| {
         let writer = staged.disk(disk.size().next_multiple_of(PAGE_SIZE), true)?;
@@ -150,16 +198,20 @@ fn facts(machine: &Machine, source: &VmRecord, mode: Mode) -> Result<Facts, Save
     })
 }
 
-/// Writes RAM: regions lie one after the other in the file. What was never touched is skipped where that can be told.
-fn write_ram(ram: &GuestRam, writer: &PageWriter) -> Result<(), SaveError> {
+/// Writes RAM: regions lie one after the other in the file. What was never touched is skipped where that can be told;
+/// with `changed` alone, so are the pages that are still the base snapshot's: those that are of its files. (A page that
+/// was written since is anonymous memory of this VM. It is written to the diff even if it is zero.)
+fn write_ram(ram: &GuestRam, writer: &PageWriter, changed: bool) -> Result<(), SaveError> {
+    let none_of = if changed { Categories::FILE } else { Categories::ZERO };
+    let touched =
+        Query { any_of: Categories::PRESENT | Categories::SWAPPED, none_of, ..Query::default() };
     let mut pagemap = match ram.kind() {
+        _ if changed => {
+            // Without it there is no telling what changed: no diff then.
+            Some(Pagemap::own().map_err(|e| SaveError::Ram { gpa: 0, why: e.to_string() })?)
+        }
         MemoryBackend::Anonymous => Pagemap::own().ok(),
         _ => None,
-    };
-    let touched = Query {
-        any_of: Categories::PRESENT | Categories::SWAPPED,
-        none_of: Categories::ZERO,
-        ..Query::default()
     };
     let mut buffer = vec![0; PIECE as usize];
     let mut linear = 0;
@@ -169,6 +221,11 @@ fn write_ram(ram: &GuestRam, writer: &PageWriter) -> Result<(), SaveError> {
         let scanned = pagemap.as_mut().is_some_and(|pagemap| {
             pagemap.scan(host.clone(), touched, |pages| ranges.push(pages.range)).is_ok()
         });
+        if !scanned && changed {
+            let why =
+                "this kernel cannot tell which pages changed (PAGEMAP_SCAN, Linux 6.7)".to_owned();
+            return Err(SaveError::Ram { gpa: region.gpa, why });
+        }
         if !scanned {
             // A kernel without PAGEMAP_SCAN: all of it is read.
             ranges = vec![host.clone()];

@@ -1,5 +1,6 @@
 //! `forkd bench`: what forks cost on this host.
 
+mod branches;
 mod measure;
 mod stats;
 
@@ -32,11 +33,17 @@ const WARM: &str = "import numpy as np\ndata = np.arange(1 << 20, dtype=np.float
 /// Boots and warms a VM, forks and branches it in many ways, and prints medians and 99th percentiles beside the
 /// floor: fork(2) of a process with as much resident memory, and making a KVM VM.
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Examples:
+#[command(
+    args_conflicts_with_subcommands = true,
+    after_help = "Examples:
   forkd bench
+  forkd bench branch
   forkd bench --rounds 100 --json > bench.json
-  forkd bench --snapshot py --children 20")]
+  forkd bench --snapshot py --children 20"
+)]
 pub struct Args {
+    #[command(subcommand)]
+    verb: Option<Verb>,
     /// Snapshot to fork; by default one is made for this, and removed
     #[arg(long, value_name = "TAG")]
     snapshot: Option<String>,
@@ -57,6 +64,11 @@ pub struct Args {
     children: u32,
     #[command(flatten)]
     output: OutputArgs,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Verb {
+    Branch(branches::Args),
 }
 
 /// One measure, as told.
@@ -94,6 +106,9 @@ impl Args {
     /// # Errors
     /// Something could not be measured. What was made for it is gone.
     pub fn run(self, paths: &Paths) -> Result<ExitCode> {
+        if let Some(Verb::Branch(branch)) = self.verb {
+            return branch.run(paths);
+        }
         let quiet = self.output.json;
         if self.snapshot.is_none() && self.image == PYTHON {
             image::build(paths, &forkd_image::Recipe::python()?, Some(PYTHON), quiet)?;

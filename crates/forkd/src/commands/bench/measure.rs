@@ -17,7 +17,7 @@ use crate::vm_client::VmClient;
 use crate::{output, parallel};
 
 /// How long a child's agent has to answer.
-const WAIT: Duration = Duration::from_secs(120);
+pub const WAIT: Duration = Duration::from_secs(120);
 /// Children of one batch of the sustained measure, and how long it goes on.
 const BATCH: usize = 10;
 const SUSTAIN: Duration = Duration::from_secs(10);
@@ -176,14 +176,24 @@ fn ask_number(client: &VmClient, number: usize) -> Result<()> {
 }
 
 /// Children that end with this value.
-struct Brood {
-    forked: Forked,
+pub struct Brood {
+    /// What came of the fork.
+    pub forked: Forked,
     clients: Vec<(VmClient, u32)>,
     guard: Guard,
 }
 
 impl Brood {
-    fn fork(paths: &Paths, source: &Live, count: usize, wait: Option<Duration>) -> Result<Self> {
+    /// Forks them.
+    ///
+    /// # Errors
+    /// One failed; none stays.
+    pub fn fork(
+        paths: &Paths,
+        source: &Live,
+        count: usize,
+        wait: Option<Duration>,
+    ) -> Result<Self> {
         let forked = fork(paths, source, &Request { count, name: None, wait })?;
         let clients: Vec<(VmClient, u32)> = forked
             .living()
@@ -202,7 +212,11 @@ impl Brood {
         Ok(brood)
     }
 
-    fn first(&self) -> Result<&Child> {
+    /// The first.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn first(&self) -> Result<&Child> {
         self.forked.children.first().context("a fork gave no child")
     }
 
@@ -210,11 +224,19 @@ impl Brood {
         Ok(&self.clients.first().context("a fork gave no child")?.0)
     }
 
-    fn live(&self, paths: &Paths, child: &Child) -> Result<Live> {
+    /// One of them, to be branched.
+    ///
+    /// # Errors
+    /// It has ended.
+    pub fn live(&self, paths: &Paths, child: &Child) -> Result<Live> {
         crate::registry::vm(paths, &child.id)
     }
 
-    fn end(self) -> Result<()> {
+    /// Ends them.
+    ///
+    /// # Errors
+    /// One does not end.
+    pub fn end(self) -> Result<()> {
         self.guard.disarm();
         end_all(&self.clients)
     }
@@ -230,6 +252,7 @@ fn push_ms(samples: &mut Samples, time: Option<Duration>) {
     }
 }
 
-fn mib(bytes: u64) -> f64 {
+/// Bytes in MiB.
+pub fn mib(bytes: u64) -> f64 {
     bytes as f64 / f64::from(1 << 20)
 }

@@ -6,6 +6,7 @@
 use std::io::{self, Read};
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use forkd_api::types::{DriveConfig, RestoreConfig, RestoredMemory, Timing, VmRecord};
@@ -17,6 +18,7 @@ use forkd_snapshot::{
     Verification, check_host,
 };
 use forkd_sys::clock::{monotonic_ns, realtime_ns};
+use forkd_sys::memfd::next_data;
 use forkd_sys::reactor::Reactor;
 use forkd_vm::Host;
 use forkd_vm::host::Flavour;
@@ -167,6 +169,8 @@ enum CopyError {
     Memory(#[from] MemoryError),
     #[error(transparent)]
     Snapshot(#[from] SnapshotError),
+    #[error("cannot seek in {0}: {1}")]
+    Seek(PathBuf, io::Error),
     #[error("cannot write {len} bytes at {offset:#x} of its memfd: {source}")]
     Write { offset: u64, len: usize, source: io::Error },
 }
@@ -176,18 +180,24 @@ fn copy_ram(memory: &Resolved, mem_mib: u32, name: &str) -> Result<GuestRam, Cop
     let memfd = create_empty(u64::from(mem_mib) << 20, name, &MemfdOptions::default())?;
     let mut piece = vec![0; PIECE];
     for extent in &memory.extents {
-        let mut at = extent.offset;
-        let end = extent.offset + extent.len;
-        while at < end {
-            // At most PIECE.
-            let len = (end - at).min(PIECE as u64) as usize;
-            memory.read_at(at, &mut piece[..len])?;
-            memfd.file().write_all_at(&piece[..len], at).map_err(|source| CopyError::Write {
-                offset: at,
-                len,
-                source,
-            })?;
-            at += len as u64;
+        let source = &memory.files[extent.file];
+        let seek = |source_error| CopyError::Seek(source.path.clone(), source_error);
+        let end = extent.file_offset + extent.len;
+        let mut at = extent.file_offset;
+        // Extents take in holes, which would become zeroes that take memory.
+        while let Some(data) = next_data(&*source.file, at, end).map_err(seek)? {
+            at = data.start;
+            while at < data.end {
+                // At most PIECE.
+                let len = (data.end - at).min(PIECE as u64) as usize;
+                let offset = extent.offset + (at - extent.file_offset);
+                memory.read_at(offset, &mut piece[..len])?;
+                memfd
+                    .file()
+                    .write_all_at(&piece[..len], offset)
+                    .map_err(|source| CopyError::Write { offset, len, source })?;
+                at += len as u64;
+            }
         }
     }
     Ok(GuestRam::memfd(mem_mib, memfd, Sharing::Shared)?)

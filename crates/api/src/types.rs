@@ -171,6 +171,9 @@ pub struct SourcePause {
     pub save_us: u64,
     /// All fork(2) calls.
     pub fork_us: u64,
+    /// Write-protecting all of RAM, for a snapshot in mode `live`.
+    #[serde(default)]
+    pub arm_us: u64,
 }
 
 /// `POST /zygote`: fork this VM once into a zygote.
@@ -211,6 +214,24 @@ pub struct SnapshotRequest {
     pub store: PathBuf,
     /// Tag of the snapshot.
     pub tag: String,
+    /// How it is taken.
+    #[serde(default)]
+    pub mode: SnapshotMode,
+    /// Answer once it is durable; otherwise once the VM runs again, and the store tells what came of it. In mode
+    /// `full` there is no difference.
+    #[serde(default = "yes")]
+    pub wait: bool,
+}
+
+/// How a running VM writes a snapshot of itself.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SnapshotMode {
+    /// All of RAM is copied while the VM is paused.
+    #[default]
+    Full,
+    /// RAM is write-protected while the VM is paused, and copied while it runs. For RAM in a shared memfd only.
+    Live,
 }
 
 /// What a snapshot cost the VM that it was taken of.
@@ -218,7 +239,19 @@ pub struct SnapshotRequest {
 pub struct SnapshotReceipt {
     /// What the source felt.
     pub source: SourcePause,
-    /// Request to durable, in microseconds.
+    /// Bytes of RAM that were written; of mode `live`, as the next three.
+    #[serde(default)]
+    pub bytes: u64,
+    /// Pages that were copied one after the other.
+    #[serde(default)]
+    pub pages_by_bulk: u64,
+    /// Pages that were copied ahead of their turn, as the guest was about to write them.
+    #[serde(default)]
+    pub pages_by_handler: u64,
+    /// The longest that such a write waited for its copy, in microseconds.
+    #[serde(default)]
+    pub longest_stall_us: u64,
+    /// Request to durable, in microseconds; 0 if it was not waited for.
     pub ready_us: u64,
 }
 
@@ -297,7 +330,7 @@ pub struct VmConfig {
     pub boot_timeout_s: u32,
 }
 
-/// Configuration of `forkd vm` for a zygote from a durable snapshot.
+/// Configuration of `forkd vm` for a zygote from a durable snapshot, or for a VM.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RestoreConfig {
@@ -305,12 +338,30 @@ pub struct RestoreConfig {
     pub restore_from: String,
     /// Directory of the store that has it.
     pub store: PathBuf,
-    /// Id of the zygote.
+    /// Id of the zygote or VM.
     pub id: String,
     /// Run directory: must not exist.
     pub dir: PathBuf,
     /// The root image, found by the digest in the manifest.
     pub root: PathBuf,
+    /// What its RAM is.
+    #[serde(default)]
+    pub memory: RestoredMemory,
+    /// Become a VM of this name, which runs; without it, a zygote.
+    #[serde(default)]
+    pub run_as: Option<String>,
+}
+
+/// What the RAM of a loaded snapshot is. The names are those of `--memory`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RestoredMemory {
+    /// The snapshot's files, mapped privately.
+    #[default]
+    File,
+    /// A memfd of its own, mapped shared, which the files are copied to: what mode `live` needs. It cannot be forked,
+    /// so it is not for a zygote.
+    MemfdShared,
 }
 
 /// One block device.

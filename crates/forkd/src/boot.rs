@@ -53,12 +53,13 @@ pub fn start(config: &VmConfig) -> Result<Booted> {
     launch(config, &config.id, &config.name, &config.dir)
 }
 
-/// The same for a zygote from a durable snapshot; returns once it can be forked.
+/// The same for a zygote from a durable snapshot, which returns once it can be forked, or for a VM from one.
 ///
 /// # Errors
 /// As [`start`].
 pub fn restore(config: &RestoreConfig) -> Result<Booted> {
-    launch(config, &config.id, &config.id, &config.dir)
+    let name = config.run_as.as_deref().unwrap_or(&config.id);
+    launch(config, &config.id, name, &config.dir)
 }
 
 fn launch<T: Serialize>(config: &T, id: &str, name: &str, dir: &Path) -> Result<Booted> {

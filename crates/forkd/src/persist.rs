@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
-use forkd_api::types::RestoreConfig;
+use forkd_api::types::{ChildSpec, RestoreConfig, RestoredMemory};
 use forkd_image::ImageStore;
 use forkd_snapshot::{SnapshotError, Status, Store};
 
@@ -78,6 +78,8 @@ pub fn find(paths: &Paths, tag: &str) -> Result<Live> {
         id: tag.to_string(),
         dir: paths.snapshot(tag),
         root,
+        memory: RestoredMemory::File,
+        run_as: None,
     };
     match boot::restore(&config) {
         Ok(zygote) => zygote.keep(),
@@ -85,6 +87,48 @@ pub fn find(paths: &Paths, tag: &str) -> Result<Live> {
         Err(error) => return live()?.ok_or(error),
     }
     live()?.with_context(|| format!("snapshot {tag} was loaded, and has ended since"))
+}
+
+/// What each of `children` is started with, to be a VM from the durable snapshot `tag`.
+///
+/// # Errors
+/// There is no such durable snapshot, or its image is not here.
+pub fn configs(
+    paths: &Paths,
+    tag: &str,
+    children: &[ChildSpec],
+    memory: RestoredMemory,
+) -> Result<Vec<RestoreConfig>> {
+    forkd_image::check_tag(tag).map_err(anyhow::Error::msg)?;
+    let store = paths.snapshot_store();
+    let found = if store.exists() {
+        Store::open(&store)?.get(tag)
+    } else {
+        Err(SnapshotError::NotFound(tag.to_string()))
+    };
+    let snapshot = match found {
+        Ok(snapshot) => snapshot,
+        Err(SnapshotError::NotFound(_)) => {
+            let live = registry::snapshot(paths, tag)?;
+            let tag = live.record.id;
+            bail!(
+                "--memory is for snapshots on disk, and {tag} is not: `forkd snapshot save {tag}` first"
+            );
+        }
+        Err(error) => return Err(error.into()),
+    };
+    let image = &snapshot.manifest().image;
+    let root = root_image(paths, tag, &image.digest, image.tag.as_deref())?;
+    let config = |child: &ChildSpec| RestoreConfig {
+        restore_from: tag.to_string(),
+        store: store.clone(),
+        id: child.id.clone(),
+        dir: child.dir.clone(),
+        root: root.clone(),
+        memory,
+        run_as: Some(child.name.clone()),
+    };
+    Ok(children.iter().map(config).collect())
 }
 
 fn root_image(

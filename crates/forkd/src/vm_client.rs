@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 use forkd_api::client::Client;
 use forkd_api::types::{
     Action, ChildResult, ChildSpec, ForkRequest, ForkResponse, Metrics, PersistRequest,
-    SnapshotReceipt, SnapshotRequest, SourcePause, VmInfo, VmPhase, ZygoteRequest,
+    SnapshotMode, SnapshotReceipt, SnapshotRequest, SourcePause, VmInfo, VmPhase, ZygoteRequest,
 };
 use forkd_sys::fork::PidFd;
 use rustix::process::Signal;
@@ -131,12 +131,19 @@ impl VmClient {
         }
     }
 
-    /// Has a running VM write a durable snapshot of itself while it stands still.
+    /// Has a running VM write a durable snapshot of itself. Without `wait` the writing has begun when this returns.
     ///
     /// # Errors
     /// It was refused, or writing failed.
-    pub fn snapshot(&self, store: &Path, tag: &str) -> Result<SnapshotReceipt> {
-        let request = SnapshotRequest { store: store.to_path_buf(), tag: tag.to_string() };
+    pub fn snapshot(
+        &self,
+        store: &Path,
+        tag: &str,
+        mode: SnapshotMode,
+        wait: bool,
+    ) -> Result<SnapshotReceipt> {
+        let (store, tag) = (store.to_path_buf(), tag.to_string());
+        let request = SnapshotRequest { store, tag, mode, wait };
         Ok(self.connect(WRITE)?.post_json("/snapshot", &request)?)
     }
 

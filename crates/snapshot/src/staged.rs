@@ -13,6 +13,7 @@
 //! `<tag>`. Who deletes renames `.staging-…` away; both renames are atomic, so whichever comes first
 //! wins: a writer whose directory has gone cannot commit, and none but its creator knows the random name.
 
+use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -45,7 +46,7 @@ pub struct Staged {
     memory: Option<PageWriter>,
     disks: Vec<PageWriter>,
     state: Option<SmallFile>,
-    _lock: FileLock,
+    lock: FileLock,
 }
 
 /// How a commit takes its name.
@@ -66,7 +67,7 @@ impl Staged {
         lock: FileLock,
     ) -> Self {
         let tag = tag.to_string();
-        Self { store, tag, dir, parent, memory: None, disks: vec![], state: None, _lock: lock }
+        Self { store, tag, dir, parent, memory: None, disks: vec![], state: None, lock }
     }
 
     /// Its tag-to-be.
@@ -77,6 +78,12 @@ impl Staged {
     /// What it is a diff over.
     pub fn parent(&self) -> Option<&Parent> {
         self.parent.as_ref()
+    }
+
+    /// The descriptors that a forked child which goes on with it has to keep.
+    pub fn kept_fds(&self) -> Vec<RawFd> {
+        let files = self.memory.iter().chain(&self.disks).map(PageWriter::fd);
+        files.chain([self.lock.as_fd().as_raw_fd()]).collect()
     }
 
     /// Whether somebody has deleted it meanwhile. Then there is no point in going on.

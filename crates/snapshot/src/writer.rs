@@ -6,6 +6,7 @@
 
 use std::fs::File;
 use std::ops::Range;
+use std::os::fd::{AsRawFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
@@ -87,6 +88,11 @@ impl PageWriter {
     /// Length of the file in bytes.
     pub fn len(&self) -> u64 {
         self.0.shape.len
+    }
+
+    /// The file's descriptor, as long as this lives.
+    pub(crate) fn fd(&self) -> RawFd {
+        self.0.file.as_raw_fd()
     }
 
     /// Whether there is nothing to write.

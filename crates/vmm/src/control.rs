@@ -23,6 +23,8 @@ pub mod tokens {
     pub const SIGNALS: Token = Token(2);
     /// The agent link: two tokens.
     pub const LINK: Token = Token(3);
+    /// The end of a live snapshot's writer.
+    pub const CAPTURE: Token = Token(5);
     /// The API server: listener and connections.
     pub const API: u64 = 0x1_0000;
     /// The vsock device: listener and connections.

@@ -22,6 +22,7 @@ pub mod process;
 pub mod requests;
 pub mod run_dir;
 pub mod running;
+mod saving;
 pub mod snapshot;
 pub mod vcpus;
 pub mod zygote;

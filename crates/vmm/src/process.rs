@@ -69,12 +69,12 @@ pub fn run_vm(config: VmConfig) -> Result<ExitCode, VmmError> {
     run(Running::boot(config).map(|running| Role::Running(Box::new(running))))
 }
 
-/// Runs a VM process that is a zygote from a durable snapshot; otherwise as [`run_vm`].
+/// Runs a VM process that is a zygote or a VM from a durable snapshot; otherwise as [`run_vm`].
 ///
 /// # Errors
 /// As [`run_vm`].
 pub fn run_restored(config: &RestoreConfig) -> Result<ExitCode, VmmError> {
-    run(crate::snapshot::restore(config).map(|zygote| Role::Zygote(Box::new(zygote))))
+    run(crate::snapshot::restore(config))
 }
 
 fn run(role: Result<Role, VmmError>) -> Result<ExitCode, VmmError> {

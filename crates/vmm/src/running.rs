@@ -12,10 +12,9 @@ use forkd_agent::protocol::init::{Identity, Reason};
 use forkd_api::http::Request;
 use forkd_api::server::RequestId;
 use forkd_api::types::{
-    Action, ChildResult, ChildSpec, DesiredState, ForkResponse, InstanceInfo, PersistRequest,
-    SnapshotReceipt, SnapshotRequest, Timing, VmConfig, VmInfo, VmPhase, VmRecord, ZygoteRequest,
+    Action, ChildResult, ChildSpec, DesiredState, InstanceInfo, Timing, VmConfig, VmInfo, VmPhase,
+    VmRecord, ZygoteRequest,
 };
-use forkd_snapshot::Mode;
 use forkd_sys::clock::{monotonic_ns, realtime_ns};
 use forkd_sys::reactor::{Reactor, Readiness};
 
@@ -29,7 +28,7 @@ use crate::machine::{Gate, Machine};
 use crate::process::{Next, VmmError, report, tell};
 use crate::requests::{Refusal, VmmAction};
 use crate::run_dir::RunDir;
-use crate::snapshot::{self, Errand, WRITE_TIMEOUT};
+use crate::snapshot::live::Capturing;
 use crate::vcpus::VcpuEvent;
 
 /// Who waits to hear that the vCPUs run.
@@ -49,7 +48,7 @@ struct Waiter {
 }
 
 /// What an event means for the loop.
-enum Flow {
+pub(crate) enum Flow {
     Go,
     /// End in good order, with this exit status.
     Exit(u8),
@@ -71,6 +70,8 @@ pub struct Running {
     pub(crate) error: Option<String>,
     /// The right to wake up, until the agent has acknowledged.
     pub(crate) waking: Option<Token>,
+    /// A live snapshot of this VM that is being written.
+    pub(crate) capture: Option<Capturing>,
     waiters: Vec<Waiter>,
     /// A zygote that is wanted once the guest has rehearsed the fork notice.
     rehearsing: Option<(RequestId, ChildSpec)>,
@@ -112,6 +113,7 @@ impl Running {
             phase: VmPhase::Starting,
             error: None,
             waking: None,
+            capture: None,
             waiters: Vec::new(),
             rehearsing: None,
         }
@@ -192,7 +194,11 @@ impl Running {
         }
     }
 
-    fn end(self) -> Result<(), VmmError> {
+    fn end(mut self) -> Result<(), VmmError> {
+        // Its writer may hold up a vCPU, and nothing of it is to stay.
+        if let Some(capturing) = self.capture.take() {
+            capturing.give_up("the VM ended while it was written");
+        }
         // The directory first: once it is gone the VM is gone for everybody, while KVM takes its time.
         self.dir.remove()?;
         self.engine.stop().map_err(VmmError::from)
@@ -223,6 +229,9 @@ impl Running {
         let token = readiness.token;
         if token == tokens::WAKER {
             return self.on_wake();
+        }
+        if token == tokens::CAPTURE {
+            return self.after_capture().map(|()| Flow::Go);
         }
         if self.machine.owns(token) {
             self.machine.handle(&self.control.reactor, &readiness);
@@ -407,8 +416,10 @@ impl Running {
                 }
                 return self.fork(id, vec![spec], Destiny::Zygote);
             }
-            VmmAction::Snapshot(request) => return self.snapshot(id, &request),
-            VmmAction::Persist(request) => return self.persist(id, &request),
+            VmmAction::Snapshot(request) => {
+                return Ok(self.save(id, &request)?.map(|()| Flow::Go));
+            }
+            VmmAction::Persist(request) => return self.save_diff(id, &request),
             VmmAction::SetState(state) => return self.set_state(id, state),
             VmmAction::Act(Action::SendCtrlAltDel) => {
                 self.machine.press_ctrl_alt_del();
@@ -482,6 +493,9 @@ impl Running {
                 format!("the VM is {:?}: only one that is ready becomes a zygote", self.phase);
             return Ok(Err(Refusal::new(409, why)));
         }
+        if let Err(error) = self.machine.ram().check_fork() {
+            return Ok(Err(Refusal::new(409, error.to_string())));
+        }
         self.rehearsing = Some((id, spec));
         self.send_notice(Reason::Fork)?;
         Ok(Ok(Flow::Go))
@@ -498,6 +512,9 @@ impl Running {
         if !matches!(self.phase, VmPhase::Ready | VmPhase::Paused) {
             let why = format!("the VM is {:?}: only one that is ready can be forked", self.phase);
             return Ok(Err(Refusal::new(409, why)));
+        }
+        if let Err(error) = self.machine.ram().check_fork() {
+            return Ok(Err(Refusal::new(409, error.to_string())));
         }
         let pipes = report_pipes(specs.len());
         let crowd = crowd_of(specs.len(), self.machine.waking_limit());
@@ -528,101 +545,8 @@ impl Running {
         Ok(Ok(Flow::Go))
     }
 
-    /// Forks a writer, which saves what changed since the durable snapshot that this VM came from (mode `diff`).
-    fn persist(
-        &mut self,
-        id: RequestId,
-        request: &PersistRequest,
-    ) -> io::Result<Result<Flow, Refusal>> {
-        let requested_ns = monotonic_ns();
-        let refuse = |why: String| Ok(Err(Refusal::new(409, why)));
-        if !matches!(self.phase, VmPhase::Ready | VmPhase::Paused) {
-            return refuse(format!(
-                "the VM is {:?}: only one that is ready can be saved",
-                self.phase
-            ));
-        }
-        let Some(tag) = &request.tag else {
-            return refuse("a VM that runs is no snapshot: give the tag of the diff".to_owned());
-        };
-        let staged = match snapshot::stage_diff(&self.machine, &request.store, tag) {
-            Ok(staged) => staged,
-            Err(why) => return refuse(why),
-        };
-        let mut clock = PauseClock::start();
-        let quiesced = match self.engine.quiesce(&mut clock) {
-            Ok(quiesced) => quiesced,
-            Err(error) => {
-                self.go_on();
-                let why = format!("the VM cannot be saved now: {error}");
-                // The refusal tells, and so does the list.
-                drop(staged.fail(&why));
-                return Ok(Err(Refusal::new(500, why)));
-            }
-        };
-        let errand = Errand { staged, mode: Mode::Diff };
-        let delivered = match snapshot::fork_writer(&quiesced, tag, errand, requested_ns) {
-            Forked::Child(birth) => return Ok(Ok(Flow::Child(birth))),
-            Forked::Source(delivered) => delivered,
-        };
-        clock.forked();
-        self.go_on();
-        let pause = clock.stop();
-        let to = if request.wait {
-            Some(id)
-        } else {
-            let response = ForkResponse { children: Vec::new(), source: Some(pause) };
-            self.control.answer(id, 200, &response)?;
-            None
-        };
-        let offspring = &mut self.control.offspring;
-        let batch = offspring.open_batch(to, AnswerAs::Fork, 1, Some(WRITE_TIMEOUT));
-        offspring.set_source_pause(batch, pause);
-        offspring.adopt_all(&self.control.reactor, batch, delivered);
-        Ok(Ok(Flow::Go))
-    }
-
-    /// Writes a durable snapshot with the vCPUs parked (mode `full`).
-    fn snapshot(
-        &mut self,
-        id: RequestId,
-        request: &SnapshotRequest,
-    ) -> io::Result<Result<Flow, Refusal>> {
-        let requested_ns = monotonic_ns();
-        if !matches!(self.phase, VmPhase::Ready | VmPhase::Paused) {
-            let why = format!("the VM is {:?}: only one that is ready can be saved", self.phase);
-            return Ok(Err(Refusal::new(409, why)));
-        }
-        let mut staged = match snapshot::stage(&request.store, &request.tag) {
-            Ok(staged) => staged,
-            Err(error) => return Ok(Err(Refusal::new(409, error.to_string()))),
-        };
-        let mut clock = PauseClock::start();
-        let quiesced = match self.engine.quiesce(&mut clock) {
-            Ok(quiesced) => quiesced,
-            Err(error) => {
-                self.go_on();
-                let why = format!("the VM cannot be saved now: {error}");
-                // The refusal tells, and so does the list.
-                drop(staged.fail(&why));
-                return Ok(Err(Refusal::new(500, why)));
-            }
-        };
-        let (machine, record) = (&self.machine, &self.record);
-        let filled = snapshot::fill(machine, quiesced.saved(), record, &mut staged);
-        clock.forked();
-        self.go_on();
-        let source = clock.stop();
-        if let Err(error) = snapshot::finish(machine, record, staged, Mode::Full, filled) {
-            return Ok(Err(Refusal::new(500, error.to_string())));
-        }
-        let ready_us = monotonic_ns().saturating_sub(requested_ns) / 1000;
-        self.control.answer(id, 200, &SnapshotReceipt { source, ready_us })?;
-        Ok(Ok(Flow::Go))
-    }
-
     /// Lets the vCPUs go on, unless the VM is paused by request.
-    fn go_on(&self) {
+    pub(crate) fn go_on(&self) {
         if self.phase != VmPhase::Paused {
             self.engine.vcpus.resume();
         }

@@ -265,13 +265,19 @@ impl VcpuSet {
         Ok(())
     }
 
+    /// In a forked child that is no VM: drops the vCPUs, as [`Self::abandon_in_child`]; the threads are left alone, as
+    /// this is never dropped there. All vCPUs must have been parked.
+    pub fn release_in_child(&self) {
+        for slot in &self.slots {
+            slot.vcpu.lock().unwrap_or_else(PoisonError::into_inner).take();
+        }
+    }
+
     /// In a forked child: drops the vCPUs (which unmaps their kvm_run pages and closes their fds) and
     /// forgets the threads, which do not exist in this process.
     #[expect(clippy::mem_forget, reason = "detaching a thread that does not exist is undefined")]
     pub fn abandon_in_child(mut self) {
-        for slot in &self.slots {
-            slot.vcpu.lock().unwrap_or_else(PoisonError::into_inner).take();
-        }
+        self.release_in_child();
         for thread in self.threads.drain(..) {
             std::mem::forget(thread);
         }

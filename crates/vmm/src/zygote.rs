@@ -120,7 +120,12 @@ impl Zygote {
                 let metrics = self.machine.metrics(None);
                 self.control.answer(id, 200, &metrics)?;
             }
-            VmmAction::Fork(request) => return self.fork(id, request.children).map(Ok),
+            VmmAction::Fork(request) => {
+                if let Err(error) = self.machine.ram().check_fork() {
+                    return Ok(Err(Refusal::new(409, error.to_string())));
+                }
+                return self.fork(id, request.children).map(Ok);
+            }
             VmmAction::Act(Action::Stop) => {
                 self.control.answer_empty(id)?;
                 return Ok(Ok(Flow::Exit));

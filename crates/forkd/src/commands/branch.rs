@@ -1,10 +1,11 @@
 //! `forkd branch`.
 
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 
-use forkd_api::types::{SnapshotReceipt, SourcePause};
+use forkd_api::types::{SnapshotMode, SnapshotReceipt, SourcePause};
 use serde::Serialize;
 
 use crate::cli::OutputArgs;
@@ -21,7 +22,8 @@ use crate::{cleanup, output, persist, registry};
 #[command(after_help = "Examples:
   forkd branch vm-7k2m9x4qpa
   forkd branch web -n 3 --name try --json
-  forkd branch web --snapshot before-upgrade && forkd fork before-upgrade")]
+  forkd branch web --snapshot before-upgrade && forkd fork before-upgrade
+  forkd branch web --snapshot hourly --mode live --no-wait")]
 pub struct Args {
     /// Id, unique start of an id, or name
     #[arg(value_name = "VM")]
@@ -29,9 +31,10 @@ pub struct Args {
     /// Keep the instant as a snapshot of this tag, written to disk, instead of running a branch
     #[arg(long, value_name = "TAG", conflicts_with_all = ["count", "name"])]
     snapshot: Option<String>,
-    /// How the snapshot is taken: `fork` forks it off, and it writes itself while it can be forked already; `full`
-    /// keeps the VM paused while all of its memory is copied; `diff` forks
-    /// a process that writes only what changed since the durable snapshot that the VM was forked from
+    /// How the snapshot is taken: `fork` forks it off, and it writes itself while it can be forked already; `diff` forks
+    /// a process that writes only what changed since the durable snapshot that the VM was forked from; `live`
+    /// write-protects memory and copies it while the VM runs (for VMs of `forkd fork --memory memfd-shared`);
+    /// `full` keeps the VM paused while all of its memory is copied
     #[arg(long, value_name = "MODE", default_value = "fork", requires = "snapshot")]
     mode: BranchMode,
     #[command(flatten)]
@@ -43,6 +46,8 @@ pub struct Args {
 enum BranchMode {
     /// By fork(2).
     Fork,
+    /// By write protection.
+    Live,
     /// By copying.
     Full,
     /// By fork(2), of what changed since the durable snapshot that the VM came from.
@@ -85,10 +90,14 @@ fn keep(paths: &Paths, source: &Live, tag: &str, mode: BranchMode, wait: bool) -
     let store = persist::store_dir(paths)?;
     let tag = tag.to_string();
     match mode {
-        BranchMode::Full => {
-            let receipt = source.client.snapshot(&store, &tag);
+        BranchMode::Full | BranchMode::Live => {
+            let mode =
+                if mode == BranchMode::Full { SnapshotMode::Full } else { SnapshotMode::Live };
+            let receipt = source.client.snapshot(&store, &tag, mode, wait);
             let receipt = receipt.with_context(|| format!("no snapshot {tag} was taken"))?;
-            Ok(Kept { tag, status: "durable", receipt: Some(receipt), source: None })
+            let durable = wait || mode == SnapshotMode::Full;
+            let status = if durable { "durable" } else { "writing" };
+            Ok(Kept { tag, status, receipt: Some(receipt), source: None })
         }
         BranchMode::Diff => {
             let source = source.client.diff(&store, &tag, wait);
@@ -111,18 +120,43 @@ impl Kept {
         if output.json {
             output::json(self)?;
         } else {
-            let pause = self
-                .receipt
-                .map(|r| r.source)
-                .or(self.source)
-                .map(|s| format!(", the VM stood still for {} us", s.pause_us));
-            output::line(&format!(
-                "snapshot {} is {}{}",
-                self.tag,
-                self.status,
-                pause.unwrap_or_default()
-            ))?;
+            output::line(&format!("snapshot {} is {}", self.tag, self.status))?;
+            if let Some(receipt) = &self.receipt {
+                output::line(&told(receipt))?;
+            }
+            if let Some(pause) = &self.source {
+                output::line(&format!("the VM stood still for {} us", pause.pause_us))?;
+            }
         }
         Ok(ExitCode::SUCCESS)
     }
+}
+
+/// What a snapshot cost, in a line.
+fn told(receipt: &SnapshotReceipt) -> String {
+    let us = |n: u64| output::duration(Duration::from_micros(n));
+    let pause = &receipt.source;
+    let mut text = format!("VM paused {} (quiesce {}", us(pause.pause_us), us(pause.quiesce_us));
+    if pause.arm_us > 0 {
+        text += &format!(
+            ", save {}, fork {}, arm {})",
+            us(pause.save_us),
+            us(pause.fork_us),
+            us(pause.arm_us)
+        );
+    } else {
+        text += &format!(", save and copy {})", us(pause.save_us + pause.fork_us));
+    }
+    if receipt.bytes > 0 {
+        text += &format!(
+            ", {} copied, {} pages as they were written to, longest stall {}",
+            output::bytes(receipt.bytes),
+            receipt.pages_by_handler,
+            us(receipt.longest_stall_us)
+        );
+    }
+    if receipt.ready_us > 0 {
+        text += &format!(", durable after {}", us(receipt.ready_us));
+    }
+    text
 }

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use forkd_api::types::{ChildResult, ChildSpec, MAX_CHILDREN, SourcePause, Timing};
+use forkd_api::types::{ChildResult, ChildSpec, MAX_CHILDREN, RestoredMemory, SourcePause, Timing};
 use serde::Serialize;
 
 use crate::cleanup::{self, Guard};
@@ -12,7 +12,7 @@ use crate::cli::OutputArgs;
 use crate::paths::Paths;
 use crate::registry::Live;
 use crate::vm_client::VmClient;
-use crate::{id, output, parallel, persist, registry};
+use crate::{boot, id, output, parallel, persist, registry};
 
 /// Fork VMs from a snapshot
 ///
@@ -22,12 +22,25 @@ use crate::{id, output, parallel, persist, registry};
 #[command(after_help = "Examples:
   forkd fork py
   forkd fork py -n 100 --name worker
+  forkd fork py --memory memfd-shared --name web
   forkd fork py -n 10 --json | jq -r '.children[].id'")]
 pub struct Args {
     /// Tag of the snapshot
     tag: String,
+    /// Load the snapshot from disk for each of them, with RAM of this kind; without it they are forked from the
+    /// snapshot in memory, which is quicker. `file`: the files, mapped; `memfd-shared`: a copy, which
+    /// `forkd branch --mode live` needs
+    #[arg(long, value_name = "KIND")]
+    memory: Option<Memory>,
     #[command(flatten)]
     fork: ForkArgs,
+}
+
+/// RAM of VMs that are loaded from disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Memory {
+    File,
+    MemfdShared,
 }
 
 /// What fork and branch have in common.
@@ -104,6 +117,13 @@ impl Args {
     pub fn run(self, paths: &Paths) -> Result<ExitCode> {
         let request = self.fork.request()?;
         cleanup::watch_signals().context("cannot watch signals")?;
+        if let Some(memory) = self.memory {
+            let memory = match memory {
+                Memory::File => RestoredMemory::File,
+                Memory::MemfdShared => RestoredMemory::MemfdShared,
+            };
+            return load(paths, &self.tag, &request, memory)?.print(self.fork.output);
+        }
         let source = persist::find(paths, &self.tag)?;
         let forked = fork(paths, &source, &request)?;
         forked.print(self.fork.output)
@@ -141,15 +161,7 @@ impl ForkArgs {
 /// # Errors
 /// The request as a whole failed.
 pub fn fork(paths: &Paths, source: &Live, request: &Request) -> Result<Forked> {
-    paths.prepare_run()?;
-    let ids = (0..request.count).map(|_| id::new()).collect::<Result<Vec<_>>>()?;
-    let names = id::child_names(request.name.as_deref(), &ids)?;
-    registry::require_free_names(paths, &names)?;
-    let specs: Vec<ChildSpec> = ids
-        .iter()
-        .zip(&names)
-        .map(|(id, name)| ChildSpec { id: id.clone(), name: name.clone(), dir: paths.vm(id) })
-        .collect();
+    let specs = specs(paths, request)?;
     let guard = guard_children(specs.clone());
     let begun = Instant::now();
     let answer = source
@@ -173,6 +185,52 @@ pub fn fork(paths: &Paths, source: &Live, request: &Request) -> Result<Forked> {
         children,
         elapsed_us: u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX),
     })
+}
+
+/// Who the children are to be.
+fn specs(paths: &Paths, request: &Request) -> Result<Vec<ChildSpec>> {
+    paths.prepare_run()?;
+    let ids = (0..request.count).map(|_| id::new()).collect::<Result<Vec<_>>>()?;
+    let names = id::child_names(request.name.as_deref(), &ids)?;
+    registry::require_free_names(paths, &names)?;
+    let spec = |(id, name): (String, String)| ChildSpec { dir: paths.vm(&id), id, name };
+    Ok(ids.into_iter().zip(names).map(spec).collect())
+}
+
+/// Starts VMs from a durable snapshot, each in a process that loads it, and waits for them. If one can't be started,
+/// none of them stays.
+///
+/// # Errors
+/// Names the child that can't be started, by its number, and why.
+pub fn load(paths: &Paths, tag: &str, request: &Request, memory: RestoredMemory) -> Result<Forked> {
+    let begun = Instant::now();
+    let specs = specs(paths, request)?;
+    let configs = persist::configs(paths, tag, &specs, memory)?;
+    // To load one keeps a CPU busy.
+    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+    let started = parallel::map_by(cpus, &configs, boot::restore);
+    let count = specs.len();
+    let started = (1..)
+        .zip(started)
+        .map(|(number, one)| one.with_context(|| format!("child #{number} of {count} of {tag}")))
+        .collect::<Result<Vec<_>>>()?;
+    let children = parallel::map(&specs, |spec| {
+        let record = forkd_vmm::run_dir::read_record(&spec.dir);
+        let (pid, error) = match record {
+            Ok(record) => (Some(record.pid), None),
+            Err(error) => (None, Some(error.to_string())),
+        };
+        let result = ChildResult { id: spec.id.clone(), pid, error, timing: Timing::default() };
+        settle(spec, &result, request.wait)
+    });
+    for (vm, child) in started.into_iter().zip(&children) {
+        // A child that failed is ended with its guard, if `settle` has not done so.
+        if child.error.is_none() {
+            vm.keep();
+        }
+    }
+    let elapsed_us = u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
+    Ok(Forked { source: tag.to_string(), pause: None, children, elapsed_us })
 }
 
 /// Waits for one child; ends it if it fails.

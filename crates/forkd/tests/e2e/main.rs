@@ -28,6 +28,7 @@ mod io_under_load;
 mod isolation;
 mod leftovers;
 mod lifecycle;
+mod live;
 mod memory;
 mod runner;
 mod simd;
@@ -50,6 +51,7 @@ fn tests() -> Vec<runner::Test> {
         eval::TESTS,
         exec::TESTS,
         branch::TESTS,
+        live::TESTS,
         simd::TESTS,
         memory::TESTS,
         io_under_load::TESTS,

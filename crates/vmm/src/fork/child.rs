@@ -84,7 +84,10 @@ pub fn be_born(birth: Birth, inherited: Inherited) -> Result<Role, Box<Stillborn
         let_go(&mut machine, foreign, &report, crowd.as_ref()).and_then(|()| match destiny {
             Destiny::Vm => {
                 let engine = Engine::rebuild(&machine, &saved, &mut timing)?;
-                Newborn { machine, engine, dir: &spec.dir, record, crowd, timing }.settle_in()
+                let home = Home::ToMake(&spec.dir);
+                Newborn { machine, engine, home, record, crowd, timing }
+                    .settle_in()
+                    .map(Role::Running)
             }
             Destiny::Zygote | Destiny::Writer => {
                 settle_as_zygote(machine, saved, &spec.dir, record, timing)
@@ -144,20 +147,55 @@ fn let_go(
     }
 }
 
+/// Where a newborn lives.
+enum Home<'a> {
+    /// It makes its run directory, and lets go of its source's streams and logs.
+    ToMake(&'a std::path::Path),
+    /// It has one; its standard streams are those of whoever started it, who has yet to be told.
+    Made(RunDir),
+}
+
 struct Newborn<'a> {
     machine: Machine,
     engine: Engine,
-    dir: &'a std::path::Path,
+    home: Home<'a>,
     record: VmRecord,
     crowd: Option<Crowd>,
     timing: Timing,
 }
 
+/// Lets a VM that was loaded from a durable snapshot run: as a forked child, but in the process that loaded it.
+///
+/// # Errors
+/// What could not be had. The run directory is removed then.
+pub fn run_loaded(
+    machine: Machine,
+    saved: &super::SavedKvm,
+    dir: RunDir,
+    record: VmRecord,
+    mut timing: Timing,
+) -> Result<Box<Running>, VmmError> {
+    let built =
+        machine.drop_host_side().and_then(|()| Engine::rebuild(&machine, saved, &mut timing));
+    let engine = match built {
+        Ok(engine) => engine,
+        Err(error) => {
+            dir.remove()?;
+            return Err(error);
+        }
+    };
+    let home = Home::Made(dir);
+    let newborn = Newborn { machine, engine, home, record, crowd: None, timing };
+    let mut running = newborn.settle_in()?;
+    running.announce = Announce::Starter;
+    Ok(running)
+}
+
 impl Newborn<'_> {
     /// Starts the vCPUs, then takes a run directory, sockets and logs: nobody can ask for those before
     /// the source has answered, while every microsecond before the vCPUs run is the fork's latency.
-    fn settle_in(self) -> Result<Role, VmmError> {
-        let Self { machine, engine, dir, record, crowd, timing } = self;
+    fn settle_in(self) -> Result<Box<Running>, VmmError> {
+        let Self { machine, engine, home, record, crowd, timing } = self;
         let reactor = Reactor::new().map_err(VmmError::io("cannot make an epoll set"))?;
         let link = AgentLink::new(&reactor, tokens::LINK)
             .map_err(VmmError::io("cannot make the agent link"))?;
@@ -166,11 +204,16 @@ impl Newborn<'_> {
             None => None,
         };
         engine.vcpus.resume();
-        let dir = RunDir::create(dir)?;
+        let (dir, forked) = match home {
+            Home::ToMake(path) => (RunDir::create(path)?, true),
+            Home::Made(dir) => (dir, false),
+        };
         let built = (|| {
             dir.write_record(&record)?;
-            machine.reopen_logs(&dir)?;
-            detach_stdio(&dir).map_err(VmmError::io("cannot reopen standard streams"))?;
+            if forked {
+                machine.reopen_logs(&dir)?;
+                detach_stdio(&dir).map_err(VmmError::io("cannot reopen standard streams"))?;
+            }
             machine.listen(&dir)?;
             machine.register(&reactor)?;
             Control::new(reactor, &dir.file("api.sock"))
@@ -188,7 +231,7 @@ impl Newborn<'_> {
         running.waking = token;
         running.send_notice(Reason::Fork).map_err(VmmError::io("cannot send the fork notice"))?;
         running.machine.resume_devices();
-        Ok(Role::Running(Box::new(running)))
+        Ok(Box::new(running))
     }
 }
 

@@ -173,12 +173,13 @@ pub struct PauseClock {
     quiesced_ns: u64,
     saved_ns: u64,
     forked_ns: u64,
+    armed_ns: u64,
 }
 
 impl PauseClock {
     /// The first kick is about to be given.
     pub fn start() -> Self {
-        Self { began_ns: monotonic_ns(), quiesced_ns: 0, saved_ns: 0, forked_ns: 0 }
+        Self { began_ns: monotonic_ns(), quiesced_ns: 0, saved_ns: 0, forked_ns: 0, armed_ns: 0 }
     }
 
     /// All vCPUs are parked and saved.
@@ -196,6 +197,11 @@ impl PauseClock {
         self.forked_ns = monotonic_ns();
     }
 
+    /// RAM is write-protected.
+    pub fn armed(&mut self) {
+        self.armed_ns = monotonic_ns();
+    }
+
     /// The vCPUs were told to go on.
     pub fn stop(self) -> SourcePause {
         let us = |from: u64, to: u64| to.saturating_sub(from) / 1000;
@@ -204,6 +210,7 @@ impl PauseClock {
             quiesce_us: us(self.began_ns, self.quiesced_ns),
             save_us: us(self.quiesced_ns, self.saved_ns),
             fork_us: us(self.saved_ns, self.forked_ns),
+            arm_us: us(self.forked_ns, self.armed_ns),
         }
     }
 }

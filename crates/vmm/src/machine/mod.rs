@@ -275,6 +275,11 @@ impl Machine {
         &self.blueprint
     }
 
+    /// Fds of the disks' base images.
+    pub fn disk_fds(&self) -> &[RawFd] {
+        &self.disks
+    }
+
     /// Memory slots for KVM, RAM first.
     pub fn slots(&self) -> Vec<MemSlot> {
         let mut slots: Vec<MemSlot> = self
@@ -377,6 +382,9 @@ impl Machine {
         registry.register_raw(self.host.kvm().as_raw_fd(), Disposition::Inherit, "kvm");
         for disk in &self.disks {
             registry.register_raw(*disk, Disposition::Inherit, "disk");
+        }
+        if let Some(memfd) = self.ram.memfd_region() {
+            registry.register(memfd, Disposition::Inherit, "ram");
         }
         registry.register(self.wiring.waker(), Disposition::Reopen, "waker");
         if let Some(fd) = self.console.raw_fd() {

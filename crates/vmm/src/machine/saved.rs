@@ -1,9 +1,11 @@
 //! The saved form of a machine's devices and disks, for durable snapshots. RAM and what KVM holds are saved apart.
 
+use std::sync::Arc;
+
 use forkd_devices::i8042::I8042State;
 use forkd_devices::serial::SerialState;
-use forkd_devices::virtio::block::{Disk, Extent, ExtentKind, LayerState};
-use forkd_devices::virtio::mmio::TransportState;
+use forkd_devices::virtio::block::{Block, Disk, Extent, ExtentKind, LayerState};
+use forkd_devices::virtio::mmio::{MmioTransport, TransportState};
 use serde::{Deserialize, Serialize};
 
 use super::{Machine, lock};
@@ -51,6 +53,20 @@ pub struct DevicesState {
     pub virtio: Vec<(String, TransportState)>,
 }
 
+/// A machine's disks, to be read. They are the machine's own: it must stand still meanwhile, or this be a forked copy.
+#[derive(Clone)]
+pub struct Disks(Vec<Arc<MmioTransport<Block>>>);
+
+impl Disks {
+    /// Calls `f` with each disk, in order.
+    ///
+    /// # Errors
+    /// The first of `f`.
+    pub fn each<E>(&self, mut f: impl FnMut(&Disk) -> Result<(), E>) -> Result<(), E> {
+        self.0.iter().try_for_each(|block| block.with_device(|device| f(device.disk())))
+    }
+}
+
 impl Machine {
     /// Saves the devices. The VM must stand still.
     pub fn save_devices(&self) -> DevicesState {
@@ -80,12 +96,9 @@ impl Machine {
         Ok(())
     }
 
-    /// Calls `f` with each disk, in order.
-    ///
-    /// # Errors
-    /// The first of `f`.
-    pub fn each_disk<E>(&self, mut f: impl FnMut(&Disk) -> Result<(), E>) -> Result<(), E> {
-        self.blocks.iter().try_for_each(|block| block.with_device(|device| f(device.disk())))
+    /// The disks, in order.
+    pub fn disks(&self) -> Disks {
+        Disks(self.blocks.clone())
     }
 
     /// Fills the layer of disk `index`, which must be empty: `extents` are byte ranges, ascending; `data` gives the

@@ -1,58 +1,84 @@
-//! Loading a durable snapshot: a zygote over its files.
+//! Loading a durable snapshot: a zygote over its files, or a VM.
 //!
 //! RAM is mapped from the snapshot's files, privately: nothing is read before the guest touches it, and all children of
-//! all zygotes of a snapshot share the page cache.
+//! all zygotes of a snapshot share the page cache. RAM in a shared memfd is a copy of them.
 
 use std::io::{self, Read};
 use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
 use std::sync::Arc;
 
-use forkd_api::types::{DriveConfig, RestoreConfig, Timing, VmRecord};
+use forkd_api::types::{DriveConfig, RestoreConfig, RestoredMemory, Timing, VmRecord};
 use forkd_devices::virtio::block::ExtentKind;
-use forkd_memory::{FileExtent, GuestRam};
+use forkd_memory::memfd::create_empty;
+use forkd_memory::{FileExtent, GuestRam, MemfdError, MemfdOptions, MemoryError, Sharing};
 use forkd_snapshot::{
-    HostFacts, KvmFlavour, Loaded, PAGE_SIZE, Platform, Resolved, Store, Verification, check_host,
+    HostFacts, KvmFlavour, Loaded, PAGE_SIZE, Platform, Resolved, SnapshotError, Store,
+    Verification, check_host,
 };
 use forkd_sys::clock::{monotonic_ns, realtime_ns};
+use forkd_sys::memfd::next_data;
 use forkd_sys::reactor::Reactor;
 use forkd_vm::Host;
 use forkd_vm::host::Flavour;
 
 use super::state::SavedVm;
 use crate::control::Control;
-use crate::fork::child;
+use crate::fork::{SavedKvm, child};
 use crate::machine::{Base, Blueprint, Machine, MachineError};
-use crate::process::{VmmError, tell};
+use crate::process::{Role, VmmError, tell};
 use crate::run_dir::RunDir;
 use crate::zygote::Zygote;
 
-/// Builds a zygote from a durable snapshot, says so on standard output, and lets go of the standard streams.
+/// Bytes of RAM that are copied at a time: few enough to stay in the CPU's cache.
+const PIECE: usize = 256 << 10;
+
+/// Builds a zygote from a durable snapshot, says so on standard output, and lets go of the standard streams; or a VM,
+/// which does so once its vCPUs run.
 ///
 /// # Errors
 /// The snapshot is damaged, or not for this host; something can't be had. The run directory is removed then.
-pub fn restore(config: &RestoreConfig) -> Result<Zygote, VmmError> {
+pub fn restore(config: &RestoreConfig) -> Result<Role, VmmError> {
     let requested_ns = monotonic_ns();
     let dir = RunDir::create(&config.dir)?;
-    let zygote = build(config, &dir, requested_ns);
-    match zygote {
-        Ok((control, machine, saved, record, timing)) => {
-            tell(&serde_json::json!({"ok": true}));
-            child::detach_stdio(&dir).map_err(VmmError::io("cannot reopen standard streams"))?;
-            Ok(Zygote { control, machine, saved: Arc::new(saved.kvm), dir, record, timing })
-        }
+    let (machine, kvm, record) = match build(config, &dir) {
+        Ok(built) => built,
         Err(error) => {
             // The error at hand is the one to tell; a directory that stays is swept later.
             drop(std::fs::remove_dir_all(dir.path()));
+            return Err(error);
+        }
+    };
+    let timing = Timing { requested_ns, ..Timing::default() };
+    if config.run_as.is_some() {
+        return child::run_loaded(machine, &kvm, dir, record, timing).map(Role::Running);
+    }
+    match serve_zygote(&machine, &dir) {
+        Ok(control) => {
+            let timing = Timing { ready_ns: monotonic_ns(), ..timing };
+            let saved = Arc::new(kvm);
+            tell(&serde_json::json!({"ok": true}));
+            child::detach_stdio(&dir).map_err(VmmError::io("cannot reopen standard streams"))?;
+            Ok(Role::Zygote(Box::new(Zygote { control, machine, saved, dir, record, timing })))
+        }
+        Err(error) => {
+            dir.remove()?;
             Err(error)
         }
     }
 }
 
-fn build(
-    config: &RestoreConfig,
-    dir: &RunDir,
-    requested_ns: u64,
-) -> Result<(Control, Machine, SavedVm, VmRecord, Timing), VmmError> {
+fn serve_zygote(machine: &Machine, dir: &RunDir) -> Result<Control, VmmError> {
+    machine.ram().check_fork().map_err(MachineError::from)?;
+    if let Err(error) = machine.share_root() {
+        crate::log::line(&format!("children map the root image on their own: {error}"));
+    }
+    let reactor = Reactor::new().map_err(VmmError::io("cannot make an epoll set"))?;
+    Control::new(reactor, &dir.file("api.sock"))
+}
+
+fn build(config: &RestoreConfig, dir: &RunDir) -> Result<(Machine, SavedKvm, VmRecord), VmmError> {
     let wrong = |why: String| {
         VmmError::Config(format!("snapshot {} cannot be loaded: {why}", config.restore_from))
     };
@@ -65,17 +91,22 @@ fn build(
     let manifest = &loaded.manifest;
     let mem_mib = u32::try_from(manifest.mem_mib)
         .map_err(|_| wrong(format!("{} MiB of RAM", manifest.mem_mib)))?;
+    // A VM is a child of the snapshot; a zygote is the snapshot.
+    let (parent, born) = match &config.run_as {
+        Some(_) => (Some(config.restore_from.clone()), 1),
+        None => (None, 0),
+    };
     let record = VmRecord {
         id: config.id.clone(),
-        name: config.id.clone(),
-        zygote: true,
+        name: config.run_as.clone().unwrap_or_else(|| config.id.clone()),
+        zygote: config.run_as.is_none(),
         pid: std::process::id(),
         vcpus: saved.machine.vcpus,
         mem_mib,
         image: manifest.image.tag.clone().unwrap_or_else(|| manifest.image.digest.clone()),
         image_digest: manifest.image.digest.clone(),
-        parent: None,
-        generation: saved.machine.generation,
+        parent,
+        generation: saved.machine.generation.saturating_add(born),
         created_unix_ms: realtime_ns() / 1_000_000,
     };
     dir.write_record(&record)?;
@@ -84,21 +115,21 @@ fn build(
         root: config.root.clone(),
         drives: saved.machine.drives.iter().map(DriveConfig::from).collect(),
         kernel: manifest.kernel.clone(),
-        base: Some(Base { tag: config.restore_from.clone(), root: manifest.root }),
+        // In a memfd nothing tells which pages were written since.
+        base: (config.memory == RestoredMemory::File)
+            .then(|| Base { tag: config.restore_from.clone(), root: manifest.root }),
     };
-    let ram = map_ram(&loaded.memory, mem_mib)?;
+    let ram = match config.memory {
+        RestoredMemory::File => map_ram(&loaded.memory, mem_mib)?,
+        RestoredMemory::MemfdShared => copy_ram(&loaded.memory, mem_mib, &config.id)
+            .map_err(|error| wrong(format!("its RAM: {error}")))?,
+    };
     let machine = Machine::assemble(host, ram, blueprint, dir)?;
     machine.restore_devices(&saved.devices).map_err(|e| wrong(e.to_string()))?;
     for (index, disk) in loaded.disks.iter().enumerate() {
         fill_disk(&machine, index, disk).map_err(|e| wrong(e.to_string()))?;
     }
-    if let Err(error) = machine.share_root() {
-        crate::log::line(&format!("children map the root image on their own: {error}"));
-    }
-    let reactor = Reactor::new().map_err(VmmError::io("cannot make an epoll set"))?;
-    let control = Control::new(reactor, &dir.file("api.sock"))?;
-    let timing = Timing { requested_ns, ready_ns: monotonic_ns(), ..Timing::default() };
-    Ok((control, machine, saved, record, timing))
+    Ok((machine, saved.kvm, record))
 }
 
 /// Whether the snapshot is for this host. Its kernel is in its RAM; its root image was found by digest.
@@ -130,6 +161,49 @@ fn map_ram(memory: &Resolved, mem_mib: u32) -> Result<GuestRam, VmmError> {
     });
     let extents: Vec<FileExtent> = extents.collect();
     Ok(GuestRam::from_file(mem_mib, &files, &extents).map_err(MachineError::from)?)
+}
+
+/// Why a shared memfd could not be had.
+#[derive(Debug, thiserror::Error)]
+enum CopyError {
+    #[error(transparent)]
+    Memfd(#[from] MemfdError),
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
+    #[error("cannot seek in {0}: {1}")]
+    Seek(PathBuf, io::Error),
+    #[error("cannot write {len} bytes at {offset:#x} of its memfd: {source}")]
+    Write { offset: u64, len: usize, source: io::Error },
+}
+
+/// A memfd of this process's own, with the bytes of the files; what is zero there takes no memory.
+fn copy_ram(memory: &Resolved, mem_mib: u32, name: &str) -> Result<GuestRam, CopyError> {
+    let memfd = create_empty(u64::from(mem_mib) << 20, name, &MemfdOptions::default())?;
+    let mut piece = vec![0; PIECE];
+    for extent in &memory.extents {
+        let source = &memory.files[extent.file];
+        let seek = |source_error| CopyError::Seek(source.path.clone(), source_error);
+        let end = extent.file_offset + extent.len;
+        let mut at = extent.file_offset;
+        // Extents take in holes, which would become zeroes that take memory.
+        while let Some(data) = next_data(&*source.file, at, end).map_err(seek)? {
+            at = data.start;
+            while at < data.end {
+                // At most PIECE.
+                let len = (data.end - at).min(PIECE as u64) as usize;
+                let offset = extent.offset + (at - extent.file_offset);
+                memory.read_at(offset, &mut piece[..len])?;
+                memfd
+                    .file()
+                    .write_all_at(&piece[..len], offset)
+                    .map_err(|source| CopyError::Write { offset, len, source })?;
+                at += len as u64;
+            }
+        }
+    }
+    Ok(GuestRam::memfd(mem_mib, memfd, Sharing::Shared)?)
 }
 
 fn fill_disk(machine: &Machine, index: usize, disk: &Resolved) -> io::Result<()> {

@@ -19,6 +19,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::state::encode;
 use crate::fork::{Birth, Delivered, Destiny, Forked, Quiesced, SavedKvm, fork_all, report_pipes};
 use crate::machine::Machine;
+use crate::machine::saved::Disks;
 use crate::process::report;
 
 /// Bytes of RAM that are copied at a time.
@@ -163,8 +164,13 @@ pub fn fill(
     staged.state(&encode(machine, saved, source.generation)?)?;
     let ram = staged.memory(u64::from(machine.ram().mem_mib()) << 20)?;
     write_ram(machine.ram(), &ram, staged.parent().is_some())?;
+    write_disks(&machine.disks(), staged)
+}
+
+/// Writes the layers of all disks.
+pub(super) fn write_disks(disks: &Disks, staged: &mut Staged) -> Result<(), SaveError> {
     let mut index = 0;
-    machine.each_disk(|disk| {
+    disks.each(|disk| {
         let writer = staged.disk(disk.size().next_multiple_of(PAGE_SIZE), true)?;
         write_disk(disk, &writer).map_err(|source| SaveError::Disk { index, source })??;
         index += 1;
@@ -172,7 +178,7 @@ pub fn fill(
     })
 }
 
-fn facts(machine: &Machine, source: &VmRecord, mode: Mode) -> Result<Facts, SaveError> {
+pub(super) fn facts(machine: &Machine, source: &VmRecord, mode: Mode) -> Result<Facts, SaveError> {
     let kvm = match machine.host().flavour() {
         Flavour::Pvm => KvmFlavour::Pvm,
         Flavour::Vmx => KvmFlavour::Vmx,

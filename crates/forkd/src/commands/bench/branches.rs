@@ -4,13 +4,15 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
+use forkd_api::types::{RestoredMemory, SnapshotMode};
 use forkd_snapshot::{Removal, Store};
 use serde::Serialize;
 
-use super::measure::{Brood, mib};
+use super::measure::{Brood, WAIT, mib};
 use super::stats::{Samples, Summary};
 use crate::cleanup::{self, Guard};
 use crate::cli::OutputArgs;
+use crate::commands::fork::{self, Request};
 use crate::commands::snapshot::{Plan, Warm, create};
 use crate::guest::Guest;
 use crate::paths::Paths;
@@ -33,8 +35,8 @@ const DEPTH: usize = 8;
 
 /// Measure what durable snapshots cost on this host
 ///
-/// Boots and warms a VM, saves it, loads it, and takes snapshots of it in the modes `full` and `diff`, beside plain
-/// branches; then loads chains of diffs.
+/// Boots and warms a VM, saves it, loads it, and takes snapshots of it in the modes `full`, `diff` and `live`, beside
+/// plain branches; then loads chains of diffs.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   forkd bench branch
@@ -97,6 +99,7 @@ impl Args {
         for (load, code) in LOADS {
             step = Step::begin(&format!("snapshots of a VM, {load}"), quiet);
             bench.modes(&tag, load, code)?;
+            bench.live(&tag, load, code)?;
             step.done("");
         }
         step = Step::begin("chains of diffs", quiet);
@@ -174,10 +177,13 @@ impl Bench<'_> {
 
     fn source(&self, tag: &str, code: &str) -> Result<(Brood, Live)> {
         let zygote = persist::find(self.paths, tag)?;
-        let brood = Brood::fork(self.paths, &zygote, 1, Some(super::measure::WAIT))?;
+        self.busy(Brood::fork(self.paths, &zygote, 1, Some(WAIT))?, code)
+    }
+
+    /// Lets a VM run `code`.
+    fn busy(&self, brood: Brood, code: &str) -> Result<(Brood, Live)> {
         let live = brood.live(self.paths, brood.first()?)?;
-        let run =
-            Guest::of(&live.client).eval(code, Some(super::measure::WAIT), &mut |_, _| Ok(()))?;
+        let run = Guest::of(&live.client).eval(code, Some(WAIT), &mut |_, _| Ok(()))?;
         if let Some(error) = run.error {
             anyhow::bail!("the guest can't be kept busy: {}", error.summary());
         }
@@ -188,17 +194,18 @@ impl Bench<'_> {
         let (brood, live) = self.source(tag, code)?;
         let taken = format!("{tag}.s");
         let store = self.store.dir().to_path_buf();
-        let mut fork = Samples::default();
+        let mut forks = Samples::default();
         let [mut full, mut full_ready, mut diff, mut diff_ready, mut size] =
             std::array::from_fn(|_| Samples::default());
         for _ in 0..self.rounds {
             let branch = Brood::fork(self.paths, &live, 1, None)?;
             if let Some(pause) = &branch.forked.pause {
-                fork.push(pause.pause_us as f64 / 1e3);
+                forks.push(pause.pause_us as f64 / 1e3);
             }
             branch.end()?;
             let begun = Instant::now();
-            full.push(live.client.snapshot(&store, &taken)?.source.pause_us as f64 / 1e3);
+            let receipt = live.client.snapshot(&store, &taken, SnapshotMode::Full, true)?;
+            full.push(receipt.source.pause_us as f64 / 1e3);
             full_ready.push(ms(begun));
             self.store.remove(&taken, Removal::Plain)?;
             let begun = Instant::now();
@@ -209,12 +216,37 @@ impl Bench<'_> {
             size.push(mib(self.store.info(&taken)?.disk_bytes));
             self.store.remove(&taken, Removal::Plain)?;
         }
-        self.add(format!("{load}: fork, pause"), "ms", &fork);
+        self.add(format!("{load}: fork, pause"), "ms", &forks);
         self.add(format!("{load}: full, pause"), "ms", &full);
         self.add(format!("{load}: full, durable"), "ms", &full_ready);
         self.add(format!("{load}: diff, pause"), "ms", &diff);
         self.add(format!("{load}: diff, durable"), "ms", &diff_ready);
         self.add(format!("{load}: diff, on disk"), "MiB", &size);
+        brood.end()
+    }
+
+    /// Mode `live`, of a VM whose RAM is a memfd.
+    fn live(&mut self, tag: &str, load: &str, code: &str) -> Result<()> {
+        let request = Request { count: 1, name: None, wait: Some(WAIT) };
+        let forked = fork::load(self.paths, tag, &request, RestoredMemory::MemfdShared)?;
+        let (brood, vm) = self.busy(Brood::adopt(self.paths, forked)?, code)?;
+        let taken = format!("{tag}.s");
+        let store = self.store.dir().to_path_buf();
+        let [mut pause, mut arm, mut stall, mut ready] =
+            std::array::from_fn(|_| Samples::default());
+        for _ in 0..self.rounds {
+            let begun = Instant::now();
+            let receipt = vm.client.snapshot(&store, &taken, SnapshotMode::Live, true)?;
+            ready.push(ms(begun));
+            pause.push(receipt.source.pause_us as f64 / 1e3);
+            arm.push(receipt.source.arm_us as f64 / 1e3);
+            stall.push(receipt.longest_stall_us as f64 / 1e3);
+            self.store.remove(&taken, Removal::Plain)?;
+        }
+        self.add(format!("{load}: live, pause"), "ms", &pause);
+        self.add(format!("{load}: live, of which arming"), "ms", &arm);
+        self.add(format!("{load}: live, longest stall"), "ms", &stall);
+        self.add(format!("{load}: live, durable"), "ms", &ready);
         brood.end()
     }
 

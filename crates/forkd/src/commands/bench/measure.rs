@@ -194,7 +194,14 @@ impl Brood {
         count: usize,
         wait: Option<Duration>,
     ) -> Result<Self> {
-        let forked = fork(paths, source, &Request { count, name: None, wait })?;
+        Self::adopt(paths, fork(paths, source, &Request { count, name: None, wait })?)
+    }
+
+    /// Takes children into care that were made otherwise.
+    ///
+    /// # Errors
+    /// One failed; none stays.
+    pub fn adopt(paths: &Paths, forked: Forked) -> Result<Self> {
         let clients: Vec<(VmClient, u32)> = forked
             .living()
             .filter_map(|c| Some((VmClient::new(&paths.vm(&c.id), &c.id), c.pid?)))

@@ -1,0 +1,288 @@
+//! Mode `live`: the snapshot is of one instant, and is written while the VM runs on.
+//!
+//! ```text
+//!   source                                     writer
+//!   ------                                     ------
+//!   stage                       guest runs
+//!   park vCPUs, encode state    guest stands
+//!   fork ------------------------------------> has state and disks as they are now, copied on write
+//!   write-protect RAM           guest stands   serves faults from here on
+//!   go                          guest runs     copies RAM page by page, then writes state and disks, and commits
+//!   poll, at the writer's end
+//! ```
+//!
+//! The writer is forked inside the pause, unlike what [`forkd_memory::capture`] needs: so it has the state and the disks
+//! of the instant as process memory, and nothing of them has to be copied while the guest stands. RAM is a shared memfd,
+//! so this fork copies none of its page tables.
+//!
+//! Both processes hold the [`Staged`]: the writer to commit it, the source to say why there is no snapshot if the
+//! writer could not. A writer whose source dies gives up; then both have let go of its lock, and the store sees it as
+//! failed.
+
+#![allow(unsafe_code)]
+
+use std::io;
+use std::os::fd::RawFd;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use forkd_api::server::RequestId;
+use forkd_api::types::{SnapshotReceipt, SourcePause, VmRecord};
+use forkd_memory::capture::{LiveCapture, LiveConfig, PageSink, Progress, Report};
+use forkd_memory::{BranchMode, GuestRam, MemfdRegion};
+use forkd_snapshot::{Facts, Mode, PageWriter, Staged};
+use forkd_sys::clock::monotonic_ns;
+use forkd_sys::reactor::wait_readable;
+
+use super::save::{SaveError, facts, stage, write_disks};
+use super::state::encode;
+use crate::fork::{PauseClock, Quiesced};
+use crate::machine::Machine;
+use crate::machine::engine::Engine;
+use crate::machine::saved::Disks;
+use crate::requests::Refusal;
+
+/// How long a writer that was killed has to end. It takes as long as freeing its memory.
+const KILLED: Duration = Duration::from_secs(5);
+
+/// The staged snapshot, shared by the sink and the source; after the fork each process has one.
+type Shared = Arc<Mutex<Option<Staged>>>;
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What is ready before the pause.
+pub struct Prepared {
+    staged: Shared,
+    memory: PageWriter,
+    facts: Facts,
+    fds: Vec<RawFd>,
+}
+
+/// A live snapshot under way.
+pub struct Capturing {
+    capture: LiveCapture,
+    staged: Shared,
+    /// Its tag.
+    pub tag: String,
+    /// Who waits for it.
+    pub request: Option<RequestId>,
+    requested_ns: u64,
+    source: SourcePause,
+}
+
+/// Where the writer process puts it all.
+struct Sink {
+    staged: Shared,
+    memory: PageWriter,
+    fds: Vec<RawFd>,
+    /// What [`Sink::commit`] takes.
+    rest: Mutex<Option<Rest>>,
+}
+
+/// What is written after RAM.
+struct Rest {
+    state: Vec<u8>,
+    disks: Disks,
+    facts: Facts,
+}
+
+impl Sink {
+    fn commit(&self) -> Result<(), SaveError> {
+        // Both are there: this is called once, in a process of its own.
+        let (Some(rest), Some(mut staged)) = (lock(&self.rest).take(), lock(&self.staged).take())
+        else {
+            return Ok(());
+        };
+        staged.state(&rest.state)?;
+        write_disks(&rest.disks, &mut staged)?;
+        staged.commit(rest.facts)?;
+        Ok(())
+    }
+}
+
+impl PageSink for Sink {
+    fn write_page_run(&self, ram_offset: u64, bytes: &[u8]) -> io::Result<()> {
+        self.memory.write(ram_offset, bytes).map_err(io::Error::other)
+    }
+
+    fn finish(&self) -> io::Result<()> {
+        self.commit().map_err(io::Error::other)
+    }
+
+    fn kept_fds(&self) -> Vec<RawFd> {
+        self.fds.clone()
+    }
+}
+
+/// Begins a live snapshot of a VM that runs: what can be done before the pause.
+///
+/// # Errors
+/// 409 if its RAM is not for that, the tag is taken or the store can't be used; 500.
+pub fn prepare(
+    machine: &Machine,
+    source: &VmRecord,
+    store: &Path,
+    tag: &str,
+) -> Result<Prepared, Refusal> {
+    if let Some(why) = machine.ram().why_not(BranchMode::Live) {
+        let backend = machine.ram().backend_name();
+        return Err(Refusal::new(409, format!("RAM of this VM is {backend}: {why}")));
+    }
+    let facts = facts(machine, source, Mode::Live).map_err(|e| Refusal::new(500, e.to_string()))?;
+    let mut staged = stage(store, tag).map_err(|e| Refusal::new(409, e.to_string()))?;
+    let memory = match staged.memory(u64::from(machine.ram().mem_mib()) << 20) {
+        Ok(memory) => memory,
+        Err(error) => {
+            // The refusal tells, and so does the list.
+            drop(staged.fail(&error.to_string()));
+            return Err(Refusal::new(500, error.to_string()));
+        }
+    };
+    let mut fds = staged.kept_fds();
+    fds.extend(machine.disk_fds());
+    Ok(Prepared { staged: Arc::new(Mutex::new(Some(staged))), memory, facts, fds })
+}
+
+/// RAM as a capture wants it: regions lie one after the other, in a memfd and in this process.
+fn config<'a>(ram: &GuestRam, memfd: &'a MemfdRegion) -> LiveConfig<'a> {
+    let address = ram.regions().next().map_or(0, |region| region.host_addr);
+    let len = ram.regions().map(|region| region.len).sum();
+    let page_size = if memfd.has_huge_pages() { 2 << 20 } else { 4096 };
+    LiveConfig { page_size, ..LiveConfig::new(address, len, std::os::fd::AsFd::as_fd(memfd)) }
+}
+
+impl Prepared {
+    /// Inside the pause: forks the writer and write-protects RAM.
+    ///
+    /// # Errors
+    /// Why there will be no snapshot. Nothing is protected then, and the VM can go on.
+    pub fn arm(
+        self,
+        machine: &Machine,
+        engine: &Engine,
+        quiesced: &Quiesced,
+        generation: u32,
+        clock: &mut PauseClock,
+    ) -> Result<Armed, String> {
+        let Self { staged, memory, facts, fds } = self;
+        let begun: Result<LiveCapture, String> = (|| {
+            let state = encode(machine, quiesced.saved(), generation).map_err(|e| e.to_string())?;
+            let memfd = machine.ram().memfd_region().ok_or("RAM is not in a memfd")?;
+            let rest = Mutex::new(Some(Rest { state, disks: machine.disks(), facts }));
+            let sink = Sink { staged: Arc::clone(&staged), memory, fds, rest };
+            // SAFETY: the witness says that every other thread is a parked vCPU thread, which holds no lock. The
+            // closure drops the vCPUs, whose descriptors nothing in the writer uses.
+            let mut capture = unsafe {
+                LiveCapture::prepare(&config(machine.ram(), memfd), sink, || {
+                    engine.vcpus.release_in_child();
+                })
+            }
+            .map_err(|e| e.to_string())?;
+            clock.forked();
+            capture.arm().map_err(|e| e.to_string())?;
+            clock.armed();
+            Ok(capture)
+        })();
+        match begun {
+            Ok(capture) => Ok(Armed { capture, staged }),
+            Err(why) => {
+                fail(&staged, &why);
+                Err(why)
+            }
+        }
+    }
+
+    /// There was no pause in which it could be taken.
+    pub fn fail(self, why: &str) {
+        fail(&self.staged, why);
+    }
+}
+
+/// A snapshot whose instant is fixed.
+pub struct Armed {
+    capture: LiveCapture,
+    staged: Shared,
+}
+
+impl Armed {
+    /// The VM runs again: the writer copies RAM from here on.
+    ///
+    /// # Errors
+    /// The writer can't be told. There is no snapshot then.
+    pub fn go(
+        mut self,
+        request: Option<RequestId>,
+        requested_ns: u64,
+        source: SourcePause,
+    ) -> Result<Capturing, String> {
+        let tag = lock(&self.staged).as_ref().map_or_else(String::new, |s| s.tag().to_owned());
+        let told = self.capture.go();
+        let Self { capture, staged } = self;
+        let capturing = Capturing { capture, staged, tag, request, requested_ns, source };
+        match told {
+            Ok(()) => Ok(capturing),
+            Err(error) => {
+                capturing.give_up(&error.to_string());
+                Err(error.to_string())
+            }
+        }
+    }
+}
+
+impl Capturing {
+    /// Readable when the writer has ended.
+    pub fn pidfd(&self) -> std::os::fd::BorrowedFd<'_> {
+        self.capture.pidfd()
+    }
+
+    /// What the source felt.
+    pub fn source(&self) -> SourcePause {
+        self.source
+    }
+
+    /// What came of it; none while the writer is at work.
+    pub fn outcome(&mut self) -> Option<Result<SnapshotReceipt, String>> {
+        match self.capture.poll() {
+            Progress::Running => None,
+            Progress::Done(report) => Some(Ok(self.receipt(&report))),
+            Progress::Failed(error) => {
+                let why = error.to_string();
+                fail(&self.staged, &why);
+                Some(Err(why))
+            }
+        }
+    }
+
+    fn receipt(&self, report: &Report) -> SnapshotReceipt {
+        let stall = report.longest_fault.max(report.longest_claim);
+        SnapshotReceipt {
+            source: self.source,
+            bytes: report.bytes,
+            pages_by_bulk: report.pages_by_bulk,
+            pages_by_handler: report.pages_by_handler,
+            longest_stall_us: u64::try_from(stall.as_micros()).unwrap_or(u64::MAX),
+            ready_us: monotonic_ns().saturating_sub(self.requested_ns) / 1000,
+        }
+    }
+
+    /// Ends the writer by force, and lets the store say why there is no snapshot. Waits for its end, which comes at
+    /// once: RAM is free then.
+    pub fn give_up(mut self, why: &str) {
+        self.capture.kill();
+        // If it does not end in time the note is still true, and its lock tells that it is about.
+        let _ended = wait_readable(&self.capture.pidfd(), Some(KILLED));
+        if !matches!(self.capture.poll(), Progress::Done(_)) {
+            fail(&self.staged, why);
+        }
+    }
+}
+
+/// Lets the store say why; without that it says that the writer died.
+fn fail(staged: &Shared, why: &str) {
+    if let Some(staged) = lock(staged).take() {
+        drop(staged.fail(why));
+    }
+}

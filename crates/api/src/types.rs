@@ -434,6 +434,32 @@ mod tests {
     }
 
     #[test]
+    fn what_was_asked_before_there_were_modes_means_the_same() {
+        let old = json!({"store": "/s", "tag": "a"});
+        let request = serde_json::from_value::<SnapshotRequest>(old).expect("decodes");
+        assert_eq!((request.mode, request.wait), (SnapshotMode::Full, true));
+        let live = json!({"store": "/s", "tag": "a", "mode": "live", "wait": false});
+        golden(SnapshotRequest { mode: SnapshotMode::Live, wait: false, ..request }, live);
+        let old = json!({"restore_from": "a", "store": "/s", "id": "a", "dir": "/d", "root": "/r"});
+        let config = serde_json::from_value::<RestoreConfig>(old).expect("decodes");
+        assert_eq!((config.memory, &config.run_as), (RestoredMemory::File, &None));
+        let shared = json!({
+            "restore_from": "a", "store": "/s", "id": "vm-1", "dir": "/d", "root": "/r",
+            "memory": "memfd-shared", "run_as": "web",
+        });
+        let memory = RestoredMemory::MemfdShared;
+        golden(
+            RestoreConfig { id: "vm-1".into(), memory, run_as: Some("web".into()), ..config },
+            shared,
+        );
+        let receipt = json!({
+            "source": {"pause_us": 9, "quiesce_us": 1, "save_us": 2, "fork_us": 3}, "ready_us": 4,
+        });
+        let receipt = serde_json::from_value::<SnapshotReceipt>(receipt).expect("decodes");
+        assert_eq!((receipt.source.arm_us, receipt.bytes), (0, 0));
+    }
+
+    #[test]
     fn misspelt_fields_are_refused_by_name() {
         let refused = [
             serde_json::from_value::<ForkRequest>(json!({"children": [], "n": 1})).map(drop),
@@ -442,6 +468,8 @@ mod tests {
             serde_json::from_value::<VmStateChange>(json!({"state": "Paused", "x": 1})).map(drop),
             serde_json::from_value::<VmStateChange>(json!({"state": "paused"})).map(drop),
             serde_json::from_value::<Action>(json!({"action_type": "Explode"})).map(drop),
+            serde_json::from_value::<SnapshotMode>(json!("lively")).map(drop),
+            serde_json::from_value::<RestoredMemory>(json!("memfd_shared")).map(drop),
         ];
         for result in refused {
             let text = result.expect_err("refused").to_string();

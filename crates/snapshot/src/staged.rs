@@ -292,6 +292,11 @@ impl Staged {
     /// # Errors
     /// The reason cannot be written. The snapshot counts as failed all the same.
     pub fn fail(&self, reason: &str) -> Result<(), SnapshotError> {
+        // The note needs room on the disk, and these are open here. Not if another process of the same fork has
+        // published them and could not say so.
+        if self.dir.join(SNAPSHOT).exists() {
+            self.memory.iter().chain(&self.disks).for_each(PageWriter::free);
+        }
         write_failure(&**self.store.io(), &self.dir, reason).map_err(|error| self.explain(error))
     }
 

@@ -95,6 +95,13 @@ impl PageWriter {
         self.0.file.as_raw_fd()
     }
 
+    /// Gives back what the file takes on the disk, which to delete it does not do while it is open. Its content is
+    /// of no use any more.
+    pub(crate) fn free(&self) {
+        // Best effort: it is on a way on which something failed already.
+        drop(self.0.file.set_len(0));
+    }
+
     /// Whether there is nothing to write.
     pub fn is_empty(&self) -> bool {
         self.len() == 0

@@ -169,7 +169,7 @@ impl Running {
             Ok(capturing) => capturing,
             Err(why) => return Ok(Err(Refusal::new(500, why))),
         };
-        self.control.reactor.add(&capturing.pidfd(), tokens::CAPTURE, Interest::READ)?;
+        self.control.reactor.add(capturing.pidfd(), tokens::CAPTURE, Interest::READ)?;
         if !request.wait {
             let receipt = SnapshotReceipt { source: pause, ..SnapshotReceipt::default() };
             self.control.answer(id, 200, &receipt)?;
@@ -188,7 +188,7 @@ impl Running {
             self.capture = Some(capturing);
             return Ok(());
         };
-        self.control.reactor.remove(&capturing.pidfd())?;
+        self.control.reactor.remove(capturing.pidfd())?;
         let tag = &capturing.tag;
         match (outcome, capturing.request) {
             (Ok(receipt), Some(request)) => self.control.answer(request, 200, &receipt),

@@ -23,7 +23,7 @@ pub const MEM_MIB: u64 = 512;
 /// Size of their disk (/dev/vda), in MiB.
 pub const DISK_MIB: u64 = 64;
 /// Tag of the 2-vCPU snapshot.
-const SMP: &str = "smp";
+pub const SMP: &str = "smp";
 /// Deadline of what is no test: making the snapshots, and cleaning up.
 const SETUP: Duration = Duration::from_secs(600);
 /// Sources of the guest's test program, below tests/guest.
@@ -215,7 +215,7 @@ impl Suite {
     }
 
     /// Makes the 2-vCPU snapshot, once.
-    fn smp(&self) -> Result<&Value> {
+    pub fn smp(&self) -> Result<&Value> {
         let made = self.smp.get_or_init(|| {
             let program = "import base64, os";
             self.create(SMP, 2, program).map_err(|e| format!("no 2-vCPU snapshot: {e:#}"))

@@ -9,12 +9,13 @@ use forkd_api::types::SnapshotReceipt;
 use rustix::process::Signal;
 use serde::Deserialize;
 
-use crate::fixture::{Suite, WARM, eventually, names};
+use crate::fixture::{SMP, Suite, WARM, eventually, names};
 use crate::runner::{Test, tests};
 use crate::vm::{Branched, Vm};
 
 pub const TESTS: &[Test] = tests!["live":
     ram_and_disk_of_each_snapshot_are_of_one_instant 180,
+    so_they_are_with_two_vcpus 180,
     it_needs_shared_memory_which_cannot_be_forked 60,
     a_vm_that_ends_leaves_no_snapshot_half_done 90,
     a_bad_memory_file_names_the_child_and_the_file 60,
@@ -34,19 +35,26 @@ fn store(suite: &Suite) -> PathBuf {
     suite.home().join("snapshots")
 }
 
-/// Makes the warm snapshot durable, once.
-fn durable(suite: &Suite) -> Result<()> {
+/// Makes the warm snapshot durable, once; its tag.
+fn durable(suite: &Suite) -> Result<&'static str> {
     suite.warm()?;
-    if !store(suite).join(WARM).exists() {
-        suite.forkd(["snapshot", "save", WARM]).ok()?;
-    }
-    Ok(())
+    save(suite, WARM)
 }
 
-/// A child of it whose RAM is a shared memfd.
+fn save(suite: &Suite, tag: &'static str) -> Result<&'static str> {
+    if !store(suite).join(tag).exists() {
+        suite.forkd(["snapshot", "save", tag]).ok()?;
+    }
+    Ok(tag)
+}
+
+/// A child of the warm snapshot whose RAM is a shared memfd.
 fn shared_child(suite: &Suite) -> Result<Vm<'_>> {
-    durable(suite)?;
-    let said = suite.forkd(["fork", WARM, "--memory", "memfd-shared", "--json"]).output()?;
+    shared_child_of(suite, durable(suite)?)
+}
+
+fn shared_child_of<'s>(suite: &'s Suite, tag: &str) -> Result<Vm<'s>> {
+    let said = suite.forkd(["fork", tag, "--memory", "memfd-shared", "--json"]).output()?;
     Branched::read(suite, said)?.children.pop().context("one child")
 }
 
@@ -62,14 +70,22 @@ fn forget(suite: &Suite, tag: &str) -> Result<()> {
 }
 
 fn ram_and_disk_of_each_snapshot_are_of_one_instant(suite: &Suite) -> Result<()> {
-    let source = shared_child(suite)?;
+    snapshots_agree(&shared_child(suite)?, suite)
+}
+
+fn so_they_are_with_two_vcpus(suite: &Suite) -> Result<()> {
+    suite.smp()?;
+    snapshots_agree(&shared_child_of(suite, save(suite, SMP)?)?, suite)
+}
+
+fn snapshots_agree(source: &Vm<'_>, suite: &Suite) -> Result<()> {
     source.guest(&["ring", "serve", "/tmp/ring", "/dev/vda"])?;
     let mut heads: Vec<(u64, u64)> = Vec::new();
     let mut receipts = Vec::new();
     let head = || -> Result<u64> { Ok(source.guest(&["ring", "head", "/tmp/ring"])?.parse()?) };
     for number in 0..MANY {
         let before = head()?;
-        let kept = take(suite, &source, &format!("live-{number}"))?;
+        let kept = take(suite, source, &format!("live-{number}"))?;
         ensure!(kept.status == "durable", "{}", kept.status);
         heads.push((before, head()?));
         receipts.push(kept.receipt);

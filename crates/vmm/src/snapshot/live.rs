@@ -273,7 +273,7 @@ impl Capturing {
     pub fn give_up(mut self, why: &str) {
         self.capture.kill();
         // If it does not end in time the note is still true, and its lock tells that it is about.
-        let _ended = wait_readable(&self.capture.pidfd(), Some(KILLED));
+        let _ended = wait_readable(self.capture.pidfd(), Some(KILLED));
         if !matches!(self.capture.poll(), Progress::Done(_)) {
             fail(&self.staged, why);
         }

@@ -214,7 +214,7 @@ impl Offspring {
         let Some(report) = self.reports.remove(&token) else { return Ok(()) };
         reactor.remove(&report.pipe)?;
         let result = serde_json::from_slice(&report.text).unwrap_or_else(|_| {
-            let why = "it died before its vCPUs ran: see its vmm.log, or the kernel's log";
+            let why = "its process died before it reported: see its vmm.log, or the kernel's log";
             failed(&report.spec.id, Some(report.pid), why.to_owned())
         });
         self.settle(report.batch, report.index, result);

@@ -28,6 +28,8 @@ step_scripts() { shellcheck --severity=warning .ci/run .ci/*.sh packaging/*.sh g
 
 # The database of advisories is not among the package registries, so it is not asked.
 step_dependencies() {
+    # The fuzz targets are a workspace of their own, whose lock file follows the dependencies of the crates.
+    cargo metadata --locked --format-version 1 --manifest-path fuzz/Cargo.toml >/dev/null
     if ! command -v cargo-deny >/dev/null; then
         # A debug build is there sooner, and quick enough for one graph.
         echo "installing cargo-deny (minutes, once)"

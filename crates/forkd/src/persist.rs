@@ -146,7 +146,7 @@ fn root_image(
             display(&paths.data)
         );
     };
-    images.verify(&found).with_context(|| format!("image {digest}"))?;
+    images.check(&found).with_context(|| format!("image {digest}"))?;
     Ok(found.path)
 }
 

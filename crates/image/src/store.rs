@@ -241,6 +241,22 @@ impl ImageStore {
         }
     }
 
+    /// Looks whether the image is there, whole and a file system, without reading it all: what a loaded snapshot needs,
+    /// whose image was verified when it booted.
+    ///
+    /// # Errors
+    /// [`ImageError::Corrupt`], or the file can't be read.
+    pub fn check(&self, image: &Image) -> Result<(), ImageError> {
+        erofs::check(&image.path)?;
+        let meta = fs::metadata(&image.path);
+        let len = meta.map_err(|e| ImageError::io("cannot look at", &image.path, e))?.len();
+        if len == image.record.size_bytes {
+            return Ok(());
+        }
+        let reason = format!("it has {len} bytes, and should have {}", image.record.size_bytes);
+        Err(ImageError::Corrupt { path: image.path.clone(), reason })
+    }
+
     /// Reads the whole image and compares it with its digest.
     ///
     /// # Errors

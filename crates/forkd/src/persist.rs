@@ -1,11 +1,11 @@
 //! Live snapshots become durable, and durable ones live.
 
-use std::path::Path;
+use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 use forkd_api::types::{ChildSpec, RestoreConfig, RestoredMemory};
 use forkd_image::ImageStore;
-use forkd_snapshot::{SnapshotError, Status, Store};
+use forkd_snapshot::{ImageRef, Snapshot, SnapshotError, Status};
 
 use crate::paths::Paths;
 use crate::registry::{self, Live};
@@ -43,7 +43,7 @@ pub fn require_free_tag(paths: &Paths, tag: &str) -> Result<()> {
 ///
 /// # Errors
 /// It can't be made.
-pub fn store_dir(paths: &Paths) -> Result<std::path::PathBuf> {
+pub fn store_dir(paths: &Paths) -> Result<PathBuf> {
     let dir = paths.snapshot_store();
     std::fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
     Ok(dir)
@@ -61,16 +61,12 @@ pub fn find(paths: &Paths, tag: &str) -> Result<Live> {
     if let Some(found) = live()? {
         return Ok(found);
     }
-    if !store.exists() {
-        return registry::snapshot(paths, tag);
-    }
-    let snapshot = match Store::open(&store)?.get(tag) {
+    let snapshot = match on_disk(paths, tag)? {
         Ok(snapshot) => snapshot,
         Err(SnapshotError::NotFound(_)) => return registry::snapshot(paths, tag),
         Err(error) => return Err(durable::explain(paths, error)),
     };
-    let image = &snapshot.manifest().image;
-    let root = root_image(paths, tag, &image.digest, image.tag.as_deref())?;
+    let root = root_image(paths, tag, &snapshot.manifest().image)?;
     paths.prepare_run()?;
     let config = RestoreConfig {
         restore_from: tag.to_string(),
@@ -101,12 +97,7 @@ pub fn configs(
 ) -> Result<Vec<RestoreConfig>> {
     forkd_image::check_tag(tag).map_err(anyhow::Error::msg)?;
     let store = paths.snapshot_store();
-    let found = if store.exists() {
-        Store::open(&store)?.get(tag)
-    } else {
-        Err(SnapshotError::NotFound(tag.to_string()))
-    };
-    let snapshot = match found {
+    let snapshot = match on_disk(paths, tag)? {
         Ok(snapshot) => snapshot,
         Err(SnapshotError::NotFound(_)) => {
             let live = registry::snapshot(paths, tag)?;
@@ -117,8 +108,7 @@ pub fn configs(
         }
         Err(error) => return Err(error.into()),
     };
-    let image = &snapshot.manifest().image;
-    let root = root_image(paths, tag, &image.digest, image.tag.as_deref())?;
+    let root = root_image(paths, tag, &snapshot.manifest().image)?;
     let config = |child: &ChildSpec| RestoreConfig {
         restore_from: tag.to_string(),
         store: store.clone(),
@@ -131,25 +121,25 @@ pub fn configs(
     Ok(children.iter().map(config).collect())
 }
 
-fn root_image(
-    paths: &Paths,
-    tag: &str,
-    digest: &str,
-    image: Option<&str>,
-) -> Result<std::path::PathBuf> {
+/// The durable snapshot of a tag. Without a store there is none; the outer error is that of one that can't be opened.
+fn on_disk(paths: &Paths, tag: &str) -> Result<Result<Snapshot, SnapshotError>> {
+    Ok(match durable::existing(paths)? {
+        Some(store) => store.get(tag),
+        None => Err(SnapshotError::NotFound(tag.to_string())),
+    })
+}
+
+fn root_image(paths: &Paths, tag: &str, image: &ImageRef) -> Result<PathBuf> {
+    let digest = &image.digest;
     let images = ImageStore::open(&paths.data)?;
-    let found = images.list()?.into_iter().find(|i| i.record.digest == digest);
+    let found = images.list()?.into_iter().find(|i| i.record.digest == *digest);
     let Some(found) = found else {
-        let name = image.map(|tag| format!(" ({tag})")).unwrap_or_default();
+        let name = image.tag.as_ref().map(|tag| format!(" ({tag})")).unwrap_or_default();
         bail!(
             "snapshot {tag} needs root image {digest}{name}, which is not here: build or copy it to {}",
-            display(&paths.data)
+            paths.data.join("images").display()
         );
     };
     images.check(&found).with_context(|| format!("image {digest}"))?;
     Ok(found.path)
-}
-
-fn display(dir: &Path) -> String {
-    dir.join("images").display().to_string()
 }

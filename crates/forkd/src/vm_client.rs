@@ -16,9 +16,9 @@ use rustix::process::Signal;
 /// A VM process answers from its event loop: what takes longer than this is no answer.
 const QUICK: Duration = Duration::from_secs(30);
 /// Forking takes 16 ms per GiB at worst; a request may ask for a thousand children.
+const FORK: Duration = Duration::from_secs(300);
 /// Writing a snapshot: 64 GiB to a disk of 50 MB/s take half an hour.
 const WRITE: Duration = Duration::from_secs(3600);
-const FORK: Duration = Duration::from_secs(300);
 /// How long a process has to take note that it shall end; one that is stopped (SIGSTOP) does not.
 const ASK_STOP: Duration = Duration::from_secs(5);
 /// How long a process has to end after it was told to.

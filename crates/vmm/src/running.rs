@@ -22,7 +22,9 @@ use crate::agent_link::{AgentLink, HELLO_PORT, LinkEvent, NOTICE_PORT};
 use crate::control::{Control, Handled, tokens};
 use crate::fork::crowd::Token;
 use crate::fork::offspring::AnswerAs;
-use crate::fork::{Birth, Destiny, Forked, PauseClock, child, crowd_of, fork_all, report_pipes};
+use crate::fork::{
+    Birth, Destiny, Forked, PauseClock, Quiesced, child, crowd_of, fork_all, report_pipes,
+};
 use crate::machine::engine::Engine;
 use crate::machine::{Gate, Machine};
 use crate::process::{Next, VmmError, report, tell};
@@ -509,9 +511,8 @@ impl Running {
         destiny: Destiny,
     ) -> io::Result<Result<Flow, Refusal>> {
         let requested_ns = monotonic_ns();
-        if !matches!(self.phase, VmPhase::Ready | VmPhase::Paused) {
-            let why = format!("the VM is {:?}: only one that is ready can be forked", self.phase);
-            return Ok(Err(Refusal::new(409, why)));
+        if let Err(refusal) = self.require_ready("forked") {
+            return Ok(Err(refusal));
         }
         if let Err(error) = self.machine.ram().check_fork() {
             return Ok(Err(Refusal::new(409, error.to_string())));
@@ -519,13 +520,9 @@ impl Running {
         let pipes = report_pipes(specs.len());
         let crowd = crowd_of(specs.len(), self.machine.waking_limit());
         let mut clock = PauseClock::start();
-        let quiesced = match self.engine.quiesce(&mut clock) {
+        let quiesced = match self.pause(&mut clock, "forked") {
             Ok(quiesced) => quiesced,
-            Err(error) => {
-                self.go_on();
-                let why = format!("the VM cannot be forked now: {error}");
-                return Ok(Err(Refusal::new(500, why)));
-            }
+            Err(refusal) => return Ok(Err(refusal)),
         };
         let delivered = match fork_all(&quiesced, specs, pipes, crowd, destiny, requested_ns) {
             Forked::Child(birth) => return Ok(Ok(Flow::Child(birth))),
@@ -543,6 +540,23 @@ impl Running {
         offspring.set_source_pause(batch, pause);
         offspring.adopt_all(&self.control.reactor, batch, delivered);
         Ok(Ok(Flow::Go))
+    }
+
+    /// Refuses (409) what only a VM whose agent has acknowledged can do: `done` says what, "forked" or "saved".
+    pub(crate) fn require_ready(&self, done: &str) -> Result<(), Refusal> {
+        if matches!(self.phase, VmPhase::Ready | VmPhase::Paused) {
+            return Ok(());
+        }
+        let why = format!("the VM is {:?}: only one that is ready can be {done}", self.phase);
+        Err(Refusal::new(409, why))
+    }
+
+    /// Quiesces the VM. If that fails it goes on, and the refusal says that it cannot be `done` now.
+    pub(crate) fn pause(&self, clock: &mut PauseClock, done: &str) -> Result<Quiesced, Refusal> {
+        self.engine.quiesce(clock).map_err(|error| {
+            self.go_on();
+            Refusal::new(500, format!("the VM cannot be {done} now: {error}"))
+        })
     }
 
     /// Lets the vCPUs go on, unless the VM is paused by request.

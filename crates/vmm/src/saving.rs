@@ -4,7 +4,7 @@ use std::io;
 
 use forkd_api::server::RequestId;
 use forkd_api::types::{
-    ForkResponse, PersistRequest, SnapshotMode, SnapshotReceipt, SnapshotRequest, VmPhase,
+    ForkResponse, PersistRequest, SnapshotMode, SnapshotReceipt, SnapshotRequest,
 };
 use forkd_snapshot::Mode;
 use forkd_sys::clock::monotonic_ns;
@@ -28,9 +28,8 @@ impl Running {
         request: &SnapshotRequest,
     ) -> io::Result<Result<(), Refusal>> {
         let requested_ns = monotonic_ns();
-        if !matches!(self.phase, VmPhase::Ready | VmPhase::Paused) {
-            let why = format!("the VM is {:?}: only one that is ready can be saved", self.phase);
-            return Ok(Err(Refusal::new(409, why)));
+        if let Err(refusal) = self.require_ready("saved") {
+            return Ok(Err(refusal));
         }
         if let Some(other) = &self.capture {
             let why = format!(
@@ -57,14 +56,12 @@ impl Running {
             Err(error) => return Ok(Err(Refusal::new(409, error.to_string()))),
         };
         let mut clock = PauseClock::start();
-        let quiesced = match self.engine.quiesce(&mut clock) {
+        let quiesced = match self.pause(&mut clock, "saved") {
             Ok(quiesced) => quiesced,
-            Err(error) => {
-                self.go_on();
-                let why = format!("the VM cannot be saved now: {error}");
+            Err(refusal) => {
                 // The refusal tells, and so does the list.
-                drop(staged.fail(&why));
-                return Ok(Err(Refusal::new(500, why)));
+                drop(staged.fail(&refusal.message));
+                return Ok(Err(refusal));
             }
         };
         let (machine, record) = (&self.machine, &self.record);
@@ -92,11 +89,8 @@ impl Running {
     ) -> io::Result<Result<Flow, Refusal>> {
         let requested_ns = monotonic_ns();
         let refuse = |why: String| Ok(Err(Refusal::new(409, why)));
-        if !matches!(self.phase, VmPhase::Ready | VmPhase::Paused) {
-            return refuse(format!(
-                "the VM is {:?}: only one that is ready can be saved",
-                self.phase
-            ));
+        if let Err(refusal) = self.require_ready("saved") {
+            return Ok(Err(refusal));
         }
         let Some(tag) = &request.tag else {
             return refuse("a VM that runs is no snapshot: give the tag of the diff".to_owned());
@@ -106,14 +100,12 @@ impl Running {
             Err(why) => return refuse(why),
         };
         let mut clock = PauseClock::start();
-        let quiesced = match self.engine.quiesce(&mut clock) {
+        let quiesced = match self.pause(&mut clock, "saved") {
             Ok(quiesced) => quiesced,
-            Err(error) => {
-                self.go_on();
-                let why = format!("the VM cannot be saved now: {error}");
+            Err(refusal) => {
                 // The refusal tells, and so does the list.
-                drop(staged.fail(&why));
-                return Ok(Err(Refusal::new(500, why)));
+                drop(staged.fail(&refusal.message));
+                return Ok(Err(refusal));
             }
         };
         let errand = Errand { staged, mode: Mode::Diff };
@@ -151,13 +143,11 @@ impl Running {
             Err(refusal) => return Ok(Err(refusal)),
         };
         let mut clock = PauseClock::start();
-        let quiesced = match self.engine.quiesce(&mut clock) {
+        let quiesced = match self.pause(&mut clock, "saved") {
             Ok(quiesced) => quiesced,
-            Err(error) => {
-                self.go_on();
-                let why = format!("the VM cannot be saved now: {error}");
-                prepared.fail(&why);
-                return Ok(Err(Refusal::new(500, why)));
+            Err(refusal) => {
+                prepared.fail(&refusal.message);
+                return Ok(Err(refusal));
             }
         };
         let armed = prepared.arm(machine, &self.engine, &quiesced, record.generation, &mut clock);

@@ -247,9 +247,7 @@ fn settle_as_zygote(
         dir.write_record(&record)?;
         machine.reopen_logs(&dir)?;
         detach_stdio(&dir).map_err(VmmError::io("cannot reopen standard streams"))?;
-        if let Err(error) = machine.share_root() {
-            crate::log::line(&format!("children map the root image on their own: {error}"));
-        }
+        machine.share_root();
         let reactor = Reactor::new().map_err(VmmError::io("cannot make an epoll set"))?;
         Control::new(reactor, &dir.file("api.sock"))
     })();

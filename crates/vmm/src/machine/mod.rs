@@ -493,12 +493,12 @@ impl Machine {
     }
 
     /// In a zygote: maps what the page cache holds of the root image. Its children's pages of it are then shared with
-    /// the zygote as well, and nothing that one child maps counts as its alone.
-    ///
-    /// # Errors
-    /// The kernel refuses; nothing depends on it but the accounting.
-    pub fn share_root(&self) -> io::Result<usize> {
-        self.root.file.populate_resident(0, self.root.file.len())
+    /// the zygote as well, and nothing that one child maps counts as its alone. If the kernel refuses, the log says so:
+    /// nothing depends on it but the accounting.
+    pub fn share_root(&self) {
+        if let Err(error) = self.root.file.populate_resident(0, self.root.file.len()) {
+            crate::log::line(&format!("children map the root image on their own: {error}"));
+        }
     }
 
     /// In a child: listens at its own socket.

@@ -14,14 +14,13 @@ use forkd_devices::virtio::block::ExtentKind;
 use forkd_memory::memfd::create_empty;
 use forkd_memory::{FileExtent, GuestRam, MemfdError, MemfdOptions, MemoryError, Sharing};
 use forkd_snapshot::{
-    HostFacts, KvmFlavour, Loaded, PAGE_SIZE, Platform, Resolved, SnapshotError, Store,
-    Verification, check_host,
+    HostFacts, Loaded, PAGE_SIZE, Platform, Resolved, SnapshotError, Store, Verification,
+    check_host,
 };
 use forkd_sys::clock::{monotonic_ns, realtime_ns};
 use forkd_sys::memfd::next_data;
 use forkd_sys::reactor::Reactor;
 use forkd_vm::Host;
-use forkd_vm::host::Flavour;
 
 use super::state::SavedVm;
 use crate::control::Control;
@@ -71,9 +70,7 @@ pub fn restore(config: &RestoreConfig) -> Result<Role, VmmError> {
 
 fn serve_zygote(machine: &Machine, dir: &RunDir) -> Result<Control, VmmError> {
     machine.ram().check_fork().map_err(MachineError::from)?;
-    if let Err(error) = machine.share_root() {
-        crate::log::line(&format!("children map the root image on their own: {error}"));
-    }
+    machine.share_root();
     let reactor = Reactor::new().map_err(VmmError::io("cannot make an epoll set"))?;
     Control::new(reactor, &dir.file("api.sock"))
 }
@@ -134,12 +131,7 @@ fn build(config: &RestoreConfig, dir: &RunDir) -> Result<(Machine, SavedKvm, VmR
 
 /// Whether the snapshot is for this host. Its kernel is in its RAM; its root image was found by digest.
 fn check(loaded: &Loaded, host: &Host) -> Result<(), String> {
-    let kvm = match host.flavour() {
-        Flavour::Pvm => KvmFlavour::Pvm,
-        Flavour::Vmx => KvmFlavour::Vmx,
-        Flavour::Svm => KvmFlavour::Svm,
-        Flavour::Unknown => return Err("it is not known which KVM this host has".to_owned()),
-    };
+    let kvm = super::kvm_of(host).ok_or("it is not known which KVM this host has")?;
     let facts = HostFacts {
         platform: Platform::of_host(kvm).map_err(|e| e.to_string())?,
         kernels: vec![loaded.manifest.kernel.clone()],

@@ -16,8 +16,22 @@ mod load;
 mod save;
 mod state;
 
+use forkd_snapshot::KvmFlavour;
+use forkd_vm::Host;
+use forkd_vm::host::Flavour;
+
 pub use load::restore;
 pub use save::{
     Errand, SaveError, WRITE_TIMEOUT, fill, finish, fork_writer, run_writer, stage, stage_diff,
 };
 pub use state::{MachineState, SavedVm};
+
+/// The host's KVM in the words of a manifest; none if it is not known.
+fn kvm_of(host: &Host) -> Option<KvmFlavour> {
+    match host.flavour() {
+        Flavour::Pvm => Some(KvmFlavour::Pvm),
+        Flavour::Vmx => Some(KvmFlavour::Vmx),
+        Flavour::Svm => Some(KvmFlavour::Svm),
+        Flavour::Unknown => None,
+    }
+}

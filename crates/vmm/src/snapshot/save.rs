@@ -8,12 +8,10 @@ use forkd_api::types::{ChildResult, ChildSpec, VmRecord};
 use forkd_devices::virtio::block::{Disk, ExtentKind};
 use forkd_memory::{GuestRam, MemoryBackend};
 use forkd_snapshot::{
-    Facts, ImageRef, KvmFlavour, Mode, PAGE_SIZE, PageWriter, Platform, SnapshotError, Staged,
-    Store,
+    Facts, ImageRef, Mode, PAGE_SIZE, PageWriter, Platform, SnapshotError, Staged, Store,
 };
 use forkd_state::StateError;
 use forkd_sys::pagemap::{Categories, Pagemap, Query};
-use forkd_vm::host::Flavour;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::state::encode;
@@ -172,23 +170,16 @@ pub(super) fn write_disks(disks: &Disks, staged: &mut Staged) -> Result<(), Save
     let mut index = 0;
     disks.each(|disk| {
         let writer = staged.disk(disk.size().next_multiple_of(PAGE_SIZE), true)?;
-        write_disk(disk, &writer).map_err(|source| SaveError::Disk { index, source })??;
+        write_disk(index, disk, &writer)?;
         index += 1;
         Ok(())
     })
 }
 
 pub(super) fn facts(machine: &Machine, source: &VmRecord, mode: Mode) -> Result<Facts, SaveError> {
-    let kvm = match machine.host().flavour() {
-        Flavour::Pvm => KvmFlavour::Pvm,
-        Flavour::Vmx => KvmFlavour::Vmx,
-        Flavour::Svm => KvmFlavour::Svm,
-        Flavour::Unknown => {
-            return Err(SaveError::Host(
-                "it is not known which KVM this host has, so a durable snapshot could not say where it may be used",
-            ));
-        }
-    };
+    let kvm = super::kvm_of(machine.host()).ok_or(SaveError::Host(
+        "it is not known which KVM this host has, so a durable snapshot could not say where it may be used",
+    ))?;
     Ok(Facts {
         created_unix_ms: forkd_sys::clock::realtime_ns() / 1_000_000,
         forkd: env!("CARGO_PKG_VERSION").to_owned(),
@@ -254,26 +245,23 @@ fn write_ram(ram: &GuestRam, writer: &PageWriter, changed: bool) -> Result<(), S
     Ok(())
 }
 
-/// Writes a disk's layer. The outer error is the disk's, the inner one the store's.
-fn write_disk(disk: &Disk, writer: &PageWriter) -> io::Result<Result<(), SnapshotError>> {
+/// Writes the layer of disk `index`.
+fn write_disk(index: usize, disk: &Disk, writer: &PageWriter) -> Result<(), SaveError> {
     let mut page = vec![0; PAGE_SIZE as usize];
     for extent in disk.layer_state().extents {
         let range = extent.first * PAGE_SIZE..(extent.first + extent.count) * PAGE_SIZE;
         if extent.kind == ExtentKind::Zero {
-            if let Err(error) = writer.write_zero(range) {
-                return Ok(Err(error));
-            }
+            writer.write_zero(range)?;
             continue;
         }
         for at in range.step_by(PAGE_SIZE as usize) {
             // The last block of a disk may be a part of a page: the rest of it is zeroes.
             let len = disk.size().saturating_sub(at).min(PAGE_SIZE) as usize;
             page.fill(0);
-            disk.read(at, &mut page[..len]).map_err(io::Error::other)?;
-            if let Err(error) = writer.write(at, &page) {
-                return Ok(Err(error));
-            }
+            disk.read(at, &mut page[..len])
+                .map_err(|e| SaveError::Disk { index, source: io::Error::other(e) })?;
+            writer.write(at, &page)?;
         }
     }
-    Ok(Ok(()))
+    Ok(())
 }

@@ -156,6 +156,9 @@ pub struct ChildResult {
     /// Why it failed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
+    /// Of the writer of a durable snapshot: the root hash of what it has written, 64 hex digits.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub root: Option<String>,
     /// Time marks up to `running_ns`.
     pub timing: Timing,
 }

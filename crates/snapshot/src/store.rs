@@ -216,13 +216,33 @@ impl Store {
     /// whatever is wrong with its chain, or that the chain would be too deep; or the store cannot be
     /// written.
     pub fn stage(&self, tag: &str, parent: Option<&str>) -> Result<Staged, SnapshotError> {
+        self.stage_with(tag, || parent.map(|parent| self.parent_for(tag, parent)).transpose())
+    }
+
+    /// Begins a diff over a snapshot that was known before: by its root, or compacted since.
+    ///
+    /// # Errors
+    /// As [`Store::stage`]; [`SnapshotError::ParentMissing`] and [`SnapshotError::ParentChanged`] if what
+    /// has that tag now is not it.
+    pub fn stage_over(&self, tag: &str, parent: &Parent) -> Result<Staged, SnapshotError> {
+        self.stage_with(tag, || {
+            self.check_parent(tag, parent)?;
+            self.parent_for(tag, &parent.tag).map(Some)
+        })
+    }
+
+    fn stage_with(
+        &self,
+        tag: &str,
+        parent: impl FnOnce() -> Result<Option<Parent>, SnapshotError>,
+    ) -> Result<Staged, SnapshotError> {
         check_tag(tag)?;
         let (staged, trash) = {
             let _names = self.lock_names()?;
             if self.dir.join(tag).exists() {
                 return Err(SnapshotError::Exists(tag.to_string()));
             }
-            let parent = parent.map(|parent| self.parent_for(tag, parent)).transpose()?;
+            let parent = parent()?;
             let mut trash = Vec::new();
             for old in self.scan()?.1.iter().filter(|h| h.tag == tag) {
                 match old.status()? {

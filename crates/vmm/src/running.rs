@@ -216,6 +216,9 @@ impl Running {
                     other => return Ok(other),
                 }
             }
+            for snapshot in self.control.offspring.take_written() {
+                self.machine.set_latest(snapshot);
+            }
             self.control.answer_forks()?;
             self.answer_waiters()?;
         }
@@ -310,7 +313,7 @@ impl Running {
             Announce::Source(mut pipe) => {
                 let (id, timing) = (self.record.id.clone(), self.timing);
                 let pid = Some(self.record.pid);
-                report(&mut pipe, &ChildResult { id, pid, error: None, timing });
+                report(&mut pipe, &ChildResult { id, pid, error: None, root: None, timing });
                 Ok(())
             }
         }

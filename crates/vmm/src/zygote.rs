@@ -81,6 +81,9 @@ impl Zygote {
                     return Ok(flow);
                 }
             }
+            for snapshot in self.control.offspring.take_written() {
+                self.machine.set_latest(snapshot);
+            }
             self.control.answer_forks()?;
         }
     }

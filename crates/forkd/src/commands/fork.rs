@@ -220,7 +220,8 @@ pub fn load(paths: &Paths, tag: &str, request: &Request, memory: RestoredMemory)
             Ok(record) => (Some(record.pid), None),
             Err(error) => (None, Some(error.to_string())),
         };
-        let result = ChildResult { id: spec.id.clone(), pid, error, timing: Timing::default() };
+        let result =
+            ChildResult { id: spec.id.clone(), pid, error, root: None, timing: Timing::default() };
         settle(spec, &result, request.wait)
     });
     for (vm, child) in started.into_iter().zip(&children) {

@@ -18,6 +18,7 @@ mod bad_input;
 mod branch;
 mod cli;
 mod command;
+mod diffs;
 mod durable;
 mod eval;
 mod exec;
@@ -57,6 +58,7 @@ fn tests() -> Vec<runner::Test> {
         io_under_load::TESTS,
         lifecycle::TESTS,
         snapshots::TESTS,
+        diffs::TESTS,
         smp::TESTS,
         bad_boots::TESTS,
     ]

@@ -105,6 +105,7 @@ pub fn be_born(birth: Birth, inherited: Inherited) -> Result<Role, Box<Stillborn
                 id: zygote.record.id.clone(),
                 pid,
                 error: None,
+                root: None,
                 timing: zygote.timing,
             };
             crate::process::report(&mut pipe, &result);
@@ -112,7 +113,13 @@ pub fn be_born(birth: Birth, inherited: Inherited) -> Result<Role, Box<Stillborn
         }
         (Err(error), _) => {
             let pid = Some(std::process::id());
-            let result = ChildResult { id: spec.id, pid, error: Some(error.to_string()), timing };
+            let result = ChildResult {
+                id: spec.id,
+                pid,
+                error: Some(error.to_string()),
+                root: None,
+                timing,
+            };
             Err(Box::new(Stillborn { pipe: report, result }))
         }
     }

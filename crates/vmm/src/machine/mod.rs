@@ -27,7 +27,7 @@ use forkd_devices::virtio::rng::Rng;
 use forkd_devices::virtio::vsock::{Vsock, VsockEndpoint};
 use forkd_devices::vmgenid::VmGenId;
 use forkd_memory::{AnonOptions, GuestRam};
-use forkd_snapshot::Digest;
+use forkd_snapshot::{Digest, Parent};
 use forkd_sys::reactor::{Interest, Reactor, Readiness, Token};
 use forkd_sys::wake::Waker;
 use forkd_vm::{ExitBus, Host, MemSlot, layout};
@@ -138,6 +138,8 @@ pub struct Machine {
     /// The disks.
     blocks: Vec<Arc<MmioTransport<Block>>>,
     blueprint: Blueprint,
+    /// The last durable snapshot of this machine.
+    latest: Option<Parent>,
 }
 
 /// What a machine is built to, besides its RAM.
@@ -151,17 +153,8 @@ pub struct Blueprint {
     pub drives: Vec<DriveConfig>,
     /// Digest of the kernel that was booted.
     pub kernel: String,
-    /// The durable snapshot whose files RAM is mapped from, if it is.
-    pub base: Option<Base>,
-}
-
-/// A durable snapshot that a machine's RAM is mapped from: pages that were not written since are its own.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Base {
-    /// Its tag.
-    pub tag: String,
-    /// Its root hash.
-    pub root: Digest,
+    /// The durable snapshot whose files RAM is mapped from, if it is: pages that were not written since are its own.
+    pub base: Option<Parent>,
 }
 
 impl std::fmt::Debug for Machine {
@@ -257,6 +250,7 @@ impl Machine {
             disks,
             blocks,
             blueprint,
+            latest: None,
         })
     }
 
@@ -273,6 +267,16 @@ impl Machine {
     /// What it was built to.
     pub fn blueprint(&self) -> &Blueprint {
         &self.blueprint
+    }
+
+    /// A durable snapshot of this machine has been written.
+    pub fn set_latest(&mut self, snapshot: Parent) {
+        self.latest = Some(snapshot);
+    }
+
+    /// What a diff can be over, the best first. No page that was written since one of them is one of the base's own.
+    pub fn forebears(&self) -> impl Iterator<Item = &Parent> {
+        self.latest.iter().chain(&self.blueprint.base)
     }
 
     /// Fds of the disks' base images.

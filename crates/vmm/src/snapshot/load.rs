@@ -14,7 +14,7 @@ use forkd_devices::virtio::block::ExtentKind;
 use forkd_memory::memfd::create_empty;
 use forkd_memory::{FileExtent, GuestRam, MemfdError, MemfdOptions, MemoryError, Sharing};
 use forkd_snapshot::{
-    HostFacts, Loaded, PAGE_SIZE, Platform, Resolved, SnapshotError, Store, Verification,
+    HostFacts, Loaded, PAGE_SIZE, Parent, Platform, Resolved, SnapshotError, Store, Verification,
     check_host,
 };
 use forkd_sys::clock::{monotonic_ns, realtime_ns};
@@ -25,7 +25,7 @@ use forkd_vm::Host;
 use super::state::SavedVm;
 use crate::control::Control;
 use crate::fork::{SavedKvm, child};
-use crate::machine::{Base, Blueprint, Machine, MachineError};
+use crate::machine::{Blueprint, Machine, MachineError};
 use crate::process::{Role, VmmError, tell};
 use crate::run_dir::RunDir;
 use crate::zygote::Zygote;
@@ -114,7 +114,7 @@ fn build(config: &RestoreConfig, dir: &RunDir) -> Result<(Machine, SavedKvm, VmR
         kernel: manifest.kernel.clone(),
         // In a memfd nothing tells which pages were written since.
         base: (config.memory == RestoredMemory::File)
-            .then(|| Base { tag: config.restore_from.clone(), root: manifest.root }),
+            .then(|| Parent { tag: config.restore_from.clone(), root: manifest.root }),
     };
     let ram = match config.memory {
         RestoredMemory::File => map_ram(&loaded.memory, mem_mib)?,

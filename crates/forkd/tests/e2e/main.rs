@@ -30,6 +30,7 @@ mod isolation;
 mod leftovers;
 mod lifecycle;
 mod live;
+mod matrix;
 mod memory;
 mod runner;
 mod simd;
@@ -60,6 +61,7 @@ fn tests() -> Vec<runner::Test> {
         snapshots::TESTS,
         diffs::TESTS,
         smp::TESTS,
+        matrix::TESTS,
         bad_boots::TESTS,
     ]
     .concat()

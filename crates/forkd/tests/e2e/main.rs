@@ -22,6 +22,7 @@ mod durable;
 mod eval;
 mod exec;
 mod fixture;
+mod forced_failures;
 mod fork;
 mod identity;
 mod io_under_load;
@@ -34,6 +35,7 @@ mod runner;
 mod simd;
 mod smp;
 mod snapshots;
+mod strace;
 mod vm;
 
 use std::process::ExitCode;
@@ -52,6 +54,7 @@ fn tests() -> Vec<runner::Test> {
         exec::TESTS,
         branch::TESTS,
         live::TESTS,
+        forced_failures::TESTS,
         simd::TESTS,
         memory::TESTS,
         io_under_load::TESTS,

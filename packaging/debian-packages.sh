@@ -18,8 +18,8 @@ for part in "$@"; do
     build) packages+=(gcc libc6-dev make) ;;
     # Also what unpacks tar archives of all kinds.
     image) packages+=(mmdebstrap erofs-utils debian-archive-keyring gzip tar util-linux xz-utils zstd) ;;
-    # cpio checks our initramfs; g++ builds libFuzzer.
-    test) packages+=(cpio g++ procps shellcheck) ;;
+    # cpio checks our initramfs; g++ builds libFuzzer; strace makes system calls fail.
+    test) packages+=(cpio g++ procps shellcheck strace) ;;
     *) die "unknown part \"$part\": build, image or test" ;;
     esac
 done

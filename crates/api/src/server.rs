@@ -205,13 +205,12 @@ impl Server {
             return Ok(false);
         }
         connection.answer(response);
-        let alive = !matches!(connection.write(), Outcome::Close);
-        if alive {
-            self.update_interest(reactor, id.slot)?;
-        } else {
+        if matches!(connection.write(), Outcome::Close) {
             self.close(reactor, id.slot)?;
+            return Ok(false);
         }
-        Ok(alive)
+        self.update_interest(reactor, id.slot)?;
+        Ok(true)
     }
 
     fn serve(
@@ -254,7 +253,8 @@ impl Server {
                     if let Place::TakenBy(slot) = place {
                         self.close(reactor, slot)?;
                     }
-                    self.admit(reactor, place.slot(), stream)?;
+                    // One that can't be served is closed, as others may be served still.
+                    drop(self.admit(reactor, place.slot(), stream));
                 }
                 Err(error) => match error.raw_os_error() {
                     Some(libc_errno::EMFILE | libc_errno::ENFILE) => {
@@ -329,10 +329,13 @@ impl Server {
             return Ok(());
         };
         let interest = connection.wanted();
-        if interest != connection.interest {
-            reactor.modify(&connection.stream, token, interest)?;
-            connection.interest = interest;
+        if interest == connection.interest {
+            return Ok(());
         }
+        if reactor.modify(&connection.stream, token, interest).is_err() {
+            return self.close(reactor, slot);
+        }
+        connection.interest = interest;
         Ok(())
     }
 

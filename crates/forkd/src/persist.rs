@@ -1,6 +1,7 @@
 //! Live snapshots become durable, and durable ones live.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use forkd_api::types::{ChildSpec, RestoreConfig, RestoredMemory};
@@ -9,7 +10,13 @@ use forkd_snapshot::{ImageRef, Snapshot, SnapshotError, Status};
 
 use crate::paths::Paths;
 use crate::registry::{self, Live};
-use crate::{boot, durable};
+use crate::{boot, durable, output};
+
+/// Seconds to wait for a snapshot that is being written, unless something else is said.
+pub const WAIT_WRITING_S: u32 = 60;
+
+/// A wait that is longer than this is told of.
+const MOMENT: Duration = Duration::from_millis(500);
 
 /// Writes a live snapshot to the store, under its tag. Without `wait` the writing has begun when this returns.
 ///
@@ -27,7 +34,7 @@ pub fn save(paths: &Paths, live: &Live, wait: bool) -> Result<()> {
 /// One has.
 pub fn require_free_tag(paths: &Paths, tag: &str) -> Result<()> {
     forkd_image::check_tag(tag).map_err(anyhow::Error::msg)?;
-    let live = registry::snapshots(paths)?.iter().any(|live| live.record.id == tag);
+    let live = is_live(paths, tag)?;
     let durable = match durable::existing(paths)? {
         Some(store) => durable::entry(&store, tag)?
             .is_some_and(|entry| !matches!(entry.status, Status::Failed(_))),
@@ -47,6 +54,42 @@ pub fn store_dir(paths: &Paths) -> Result<PathBuf> {
     let dir = paths.snapshot_store();
     std::fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
     Ok(dir)
+}
+
+/// Waits for a snapshot that is being written, as long as `patience`, and says so if it takes more than a moment. What
+/// is wrong with one that is not being written is for whoever uses it to find.
+///
+/// # Errors
+/// It is still being written, or writing it has failed meanwhile; the store can't be read.
+pub fn await_written(paths: &Paths, tag: &str, patience: Duration) -> Result<()> {
+    forkd_image::check_tag(tag).map_err(anyhow::Error::msg)?;
+    let Some(store) = durable::existing(paths)? else { return Ok(()) };
+    if !matches!(store.get(tag), Err(SnapshotError::Writing(_))) {
+        return Ok(());
+    }
+    let seconds = patience.as_secs();
+    let moment = MOMENT.min(patience);
+    let mut written = store.wait(tag, moment);
+    if matches!(written, Err(SnapshotError::Writing(_))) && moment < patience {
+        let at_most = format!("waiting, at most {seconds} s (--wait-writing)");
+        output::note(&format!("forkd: snapshot {tag} is still being written: {at_most}"));
+        written = store.wait(tag, patience.saturating_sub(moment));
+    }
+    match written {
+        Ok(_) => Ok(()),
+        Err(error @ SnapshotError::Writing(_)) => bail!(
+            "{error} after {seconds} s: wait longer with --wait-writing, or cancel it with `forkd snapshot rm {tag}`"
+        ),
+        Err(error) => Err(durable::explain(paths, error)),
+    }
+}
+
+/// Whether there is a live snapshot of a tag.
+///
+/// # Errors
+/// The run directory can't be read.
+pub fn is_live(paths: &Paths, tag: &str) -> Result<bool> {
+    Ok(registry::snapshots(paths)?.iter().any(|live| live.record.id == tag))
 }
 
 /// Finds a snapshot to fork from: a live one, or a durable one, which is loaded.

@@ -501,8 +501,11 @@ impl Running {
         if let Err(error) = self.machine.ram().check_fork() {
             return Ok(Err(Refusal::new(409, error.to_string())));
         }
+        if let Err(error) = self.send_notice(Reason::Fork) {
+            let why = format!("cannot send the fork notice: {error}");
+            return Ok(Err(Refusal::new(500, why)));
+        }
         self.rehearsing = Some((id, spec));
-        self.send_notice(Reason::Fork)?;
         Ok(Ok(Flow::Go))
     }
 

@@ -118,17 +118,19 @@ impl Running {
         clock.forked();
         self.go_on();
         let pause = clock.stop();
-        let to = if request.wait {
-            Some(id)
-        } else {
-            let response = ForkResponse { children: Vec::new(), source: Some(pause) };
-            self.control.answer(id, 200, &response)?;
-            None
-        };
         let offspring = &mut self.control.offspring;
+        let to = request.wait.then_some(id);
         let batch = offspring.open_batch(to, AnswerAs::Fork, 1, Some(WRITE_TIMEOUT));
         offspring.set_source_pause(batch, pause);
         offspring.adopt_all(&self.control.reactor, batch, delivered);
+        if request.wait {
+            return Ok(Ok(Flow::Go));
+        }
+        if let Some(why) = offspring.failure(batch) {
+            return Ok(Err(Refusal::new(500, why)));
+        }
+        let response = ForkResponse { children: Vec::new(), source: Some(pause) };
+        self.control.answer(id, 200, &response)?;
         Ok(Ok(Flow::Go))
     }
 
@@ -157,11 +159,17 @@ impl Running {
         self.go_on();
         let pause = clock.stop();
         let waiting = request.wait.then_some(id);
+        let armed = armed.map_err(live::Unarmed::clear);
         let capturing = match armed.and_then(|armed| armed.go(waiting, requested_ns, pause)) {
             Ok(capturing) => capturing,
             Err(why) => return Ok(Err(Refusal::new(500, why))),
         };
-        self.control.reactor.add(capturing.pidfd(), tokens::CAPTURE, Interest::READ)?;
+        let watched = self.control.reactor.add(capturing.pidfd(), tokens::CAPTURE, Interest::READ);
+        if let Err(error) = watched {
+            let why = format!("cannot watch the writer: {error}");
+            capturing.give_up(&why);
+            return Ok(Err(Refusal::new(500, why)));
+        }
         if !request.wait {
             let receipt = SnapshotReceipt { source: pause, ..SnapshotReceipt::default() };
             self.control.answer(id, 200, &receipt)?;

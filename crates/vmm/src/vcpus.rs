@@ -26,6 +26,9 @@ use forkd_vm::{Exit, ExitBus, KickHandle, Vcpu, VcpuError, VcpuState};
 /// signals after each batch. Past this the host is in trouble.
 const PARK_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// After this it is kicked once more: the kernel refuses a signal (EAGAIN) to a user who has too many of them waiting.
+const KICK_AGAIN: Duration = Duration::from_millis(50);
+
 /// Stack of a vCPU thread, in bytes. The run loop is shallow; what is touched counts for each VM.
 const STACK_BYTES: usize = 256 * 1024;
 
@@ -198,11 +201,16 @@ impl VcpuSet {
                 if left.is_zero() {
                     return Err(VcpusError::Stuck(slot.index));
                 }
-                control = slot
+                let (after, waited) = slot
                     .changed
-                    .wait_timeout(control, left)
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .0;
+                    .wait_timeout(control, left.min(KICK_AGAIN))
+                    .unwrap_or_else(PoisonError::into_inner);
+                control = after;
+                if waited.timed_out() && control.state == State::Running {
+                    drop(control);
+                    slot.kick.kick();
+                    control = slot.control();
+                }
             }
         }
         Ok(())

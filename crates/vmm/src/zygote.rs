@@ -163,15 +163,17 @@ impl Zygote {
         match snapshot::fork_writer(&quiesced, &tag, errand, requested_ns) {
             Forked::Child(birth) => Ok(Ok(Flow::Child(birth))),
             Forked::Source(delivered) => {
-                let to = if request.wait {
-                    Some(id)
-                } else {
-                    self.control.answer_empty(id)?;
-                    None
-                };
                 let offspring = &mut self.control.offspring;
+                let to = request.wait.then_some(id);
                 let batch = offspring.open_batch(to, AnswerAs::Zygote, 1, Some(WRITE_TIMEOUT));
                 offspring.adopt_all(&self.control.reactor, batch, delivered);
+                if request.wait {
+                    return Ok(Ok(Flow::Go));
+                }
+                if let Some(why) = offspring.failure(batch) {
+                    return Ok(Err(Refusal::new(500, why)));
+                }
+                self.control.answer_empty(id)?;
                 Ok(Ok(Flow::Go))
             }
         }

@@ -32,6 +32,10 @@ pub struct Args {
     /// `forkd branch --mode live` needs
     #[arg(long, value_name = "KIND")]
     memory: Option<Memory>,
+    /// Seconds to wait for a snapshot that is still being written, 0 to 3600. One that is in memory meanwhile
+    /// (`forkd branch --mode fork`) is forked at once
+    #[arg(long, default_value_t = persist::WAIT_WRITING_S, value_name = "S", value_parser = clap::value_parser!(u32).range(0..=3600))]
+    wait_writing: u32,
     #[command(flatten)]
     fork: ForkArgs,
 }
@@ -117,6 +121,10 @@ impl Args {
     pub fn run(self, paths: &Paths) -> Result<ExitCode> {
         let request = self.fork.request()?;
         cleanup::watch_signals().context("cannot watch signals")?;
+        if self.memory.is_some() || !persist::is_live(paths, &self.tag)? {
+            let patience = Duration::from_secs(self.wait_writing.into());
+            persist::await_written(paths, &self.tag, patience)?;
+        }
         if let Some(memory) = self.memory {
             let memory = match memory {
                 Memory::File => RestoredMemory::File,

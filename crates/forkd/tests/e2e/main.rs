@@ -23,6 +23,7 @@ mod durable;
 mod eval;
 mod exec;
 mod fixture;
+mod forced_failures;
 mod fork;
 mod identity;
 mod io_under_load;
@@ -36,6 +37,7 @@ mod runner;
 mod simd;
 mod smp;
 mod snapshots;
+mod strace;
 mod vm;
 
 use std::process::ExitCode;
@@ -54,6 +56,7 @@ fn tests() -> Vec<runner::Test> {
         exec::TESTS,
         branch::TESTS,
         live::TESTS,
+        forced_failures::TESTS,
         simd::TESTS,
         memory::TESTS,
         io_under_load::TESTS,

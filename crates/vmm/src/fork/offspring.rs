@@ -155,6 +155,7 @@ impl Offspring {
         }
     }
 
+    /// A child that can't be watched is ended: nobody would know of it.
     fn watch(
         &mut self,
         reactor: &Reactor,
@@ -165,11 +166,24 @@ impl Offspring {
         pipe: io::PipeReader,
     ) -> io::Result<()> {
         let pid = child.pid();
-        let pidfd = child.pidfd()?;
         let (report, life) = (self.token(), self.token());
-        reactor.add(&pidfd, Token(life), Interest::READ)?;
+        let watched = child.pidfd().and_then(|pidfd| {
+            reactor.add(&pidfd, Token(life), Interest::READ)?;
+            Ok(pidfd)
+        });
+        let pidfd = match watched {
+            Ok(pidfd) => pidfd,
+            Err(error) => {
+                end(child, &spec.dir);
+                return Err(error);
+            }
+        };
         self.living.insert(life, Living { child, pidfd, dir: spec.dir.clone() });
-        reactor.add(&pipe, Token(report), Interest::READ)?;
+        if let Err(error) = reactor.add(&pipe, Token(report), Interest::READ) {
+            // Its pidfd brings its end.
+            self.kill(pid);
+            return Err(error);
+        }
         let text = Vec::with_capacity(512);
         self.reports.insert(report, Report { batch, index, spec: spec.clone(), pid, pipe, text });
         Ok(())
@@ -179,6 +193,12 @@ impl Offspring {
         if let Some(slot) = self.batches.get_mut(&batch).and_then(|b| b.results.get_mut(index)) {
             slot.get_or_insert(result);
         }
+    }
+
+    /// Why a child of a batch has failed, if one has by now.
+    pub fn failure(&self, batch: u64) -> Option<String> {
+        let results = &self.batches.get(&batch)?.results;
+        results.iter().flatten().find_map(|result| result.error.clone())
     }
 
     /// Handles an event on one of its tokens.
@@ -274,6 +294,14 @@ impl Offspring {
         let now = Instant::now();
         self.batches.values().map(|b| b.deadline.saturating_duration_since(now)).min()
     }
+}
+
+/// Ends a child that was just forked.
+fn end(mut child: Child, dir: &std::path::Path) {
+    // Both fail only for a child that was reaped.
+    let _ = child.send_signal(rustix::process::Signal::KILL);
+    let _ = child.wait();
+    forget_dir(dir, child.pid());
 }
 
 /// Removes the run directory of a child that ended without doing so. The record says whose it is: a child that

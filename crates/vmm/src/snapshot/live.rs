@@ -158,7 +158,8 @@ impl Prepared {
     /// Inside the pause: forks the writer and write-protects RAM.
     ///
     /// # Errors
-    /// Why there will be no snapshot. Nothing is protected then, and the VM can go on.
+    /// Why there will be no snapshot. Nothing is protected then, and the VM can go on; what is to be cleared away is
+    /// left for when it does.
     pub fn arm(
         self,
         machine: &Machine,
@@ -166,11 +167,14 @@ impl Prepared {
         quiesced: &Quiesced,
         generation: u32,
         clock: &mut PauseClock,
-    ) -> Result<Armed, String> {
+    ) -> Result<Armed, Unarmed> {
         let Self { staged, memory, facts, fds } = self;
-        let begun: Result<LiveCapture, String> = (|| {
-            let state = encode(machine, quiesced.saved(), generation).map_err(|e| e.to_string())?;
-            let memfd = machine.ram().memfd_region().ok_or("RAM is not in a memfd")?;
+        let begun: Result<LiveCapture, (String, Option<LiveCapture>)> = (|| {
+            let without = |why: String| (why, None);
+            let state = encode(machine, quiesced.saved(), generation);
+            let state = state.map_err(|e| without(e.to_string()))?;
+            let memfd = machine.ram().memfd_region();
+            let memfd = memfd.ok_or_else(|| without("RAM is not in a memfd".to_owned()))?;
             let rest = Mutex::new(Some(Rest { state, disks: machine.disks(), facts }));
             let sink = Sink { staged: Arc::clone(&staged), memory, fds, rest };
             // SAFETY: the witness says that every other thread is a parked vCPU thread, which holds no lock. The
@@ -180,18 +184,17 @@ impl Prepared {
                     engine.vcpus.release_in_child();
                 })
             }
-            .map_err(|e| e.to_string())?;
+            .map_err(|e| without(e.to_string()))?;
             clock.forked();
-            capture.arm().map_err(|e| e.to_string())?;
+            if let Err(error) = capture.arm() {
+                return Err((error.to_string(), Some(capture)));
+            }
             clock.armed();
             Ok(capture)
         })();
         match begun {
             Ok(capture) => Ok(Armed { capture, staged }),
-            Err(why) => {
-                fail(&staged, &why);
-                Err(why)
-            }
+            Err((why, capture)) => Err(Unarmed { why, capture, staged }),
         }
     }
 
@@ -199,6 +202,34 @@ impl Prepared {
     pub fn fail(self, why: &str) {
         fail(&self.staged, why);
     }
+}
+
+/// A snapshot that could not be armed.
+pub struct Unarmed {
+    why: String,
+    /// Its writer, if there is one.
+    capture: Option<LiveCapture>,
+    staged: Shared,
+}
+
+impl Unarmed {
+    /// The VM runs again: ends the writer, and lets the store say why there is no snapshot. Gives the reason.
+    pub fn clear(self) -> String {
+        let Self { why, capture, staged } = self;
+        if let Some(mut capture) = capture {
+            end(&mut capture);
+        }
+        fail(&staged, &why);
+        why
+    }
+}
+
+/// Ends a writer by force and waits for its end, which comes at once; what it had become by then.
+fn end(capture: &mut LiveCapture) -> Progress {
+    capture.kill();
+    // If it does not end in time what is said of it is still true, and its lock tells that it is about.
+    let _ended = wait_readable(capture.pidfd(), Some(KILLED));
+    capture.poll()
 }
 
 /// A snapshot whose instant is fixed.
@@ -271,10 +302,7 @@ impl Capturing {
     /// Ends the writer by force, and lets the store say why there is no snapshot. Waits for its end, which comes at
     /// once: RAM is free then.
     pub fn give_up(mut self, why: &str) {
-        self.capture.kill();
-        // If it does not end in time the note is still true, and its lock tells that it is about.
-        let _ended = wait_readable(self.capture.pidfd(), Some(KILLED));
-        if !matches!(self.capture.poll(), Progress::Done(_)) {
+        if !matches!(end(&mut self.capture), Progress::Done(_)) {
             fail(&self.staged, why);
         }
     }

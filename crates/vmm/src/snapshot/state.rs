@@ -6,6 +6,8 @@
 //! | `DEVS` | 1 | [`DevicesState`] |
 //! | `KVM ` | 1 | [`VmState`]: IOAPIC, clock |
 //! | `CPU` and index | 1 | [`VcpuState`] of one vCPU |
+//!
+//! Files of each version are in `crates/vmm/tests/golden`, and load for ever.
 
 use std::path::PathBuf;
 
@@ -84,9 +86,17 @@ pub fn encode(machine: &Machine, kvm: &SavedKvm, generation: u32) -> Result<Vec<
         vcpus: kvm.vcpus.len() as u8,
         generation,
     };
+    write(&state, &machine.save_devices(), kvm)
+}
+
+fn write(
+    machine: &MachineState,
+    devices: &DevicesState,
+    kvm: &SavedKvm,
+) -> Result<Vec<u8>, StateError> {
     let mut writer = Writer::new()
-        .section(MACHINE, VERSION, &state)?
-        .section(DEVICES, VERSION, &machine.save_devices())?
+        .section(MACHINE, VERSION, machine)?
+        .section(DEVICES, VERSION, devices)?
         .section(KVM, VERSION, &kvm.vm)?;
     for (index, vcpu) in (0..).zip(&kvm.vcpus) {
         writer.add(Tag::indexed(b"CPU", index), VERSION, vcpu)?;
@@ -95,6 +105,14 @@ pub fn encode(machine: &Machine, kvm: &SavedKvm, generation: u32) -> Result<Vec<
 }
 
 impl SavedVm {
+    /// Writes a state file, of the current version.
+    ///
+    /// # Errors
+    /// It would be too long.
+    pub fn encode(&self) -> Result<Vec<u8>, StateError> {
+        write(&self.machine, &self.devices, &self.kvm)
+    }
+
     /// Reads a state file.
     ///
     /// # Errors

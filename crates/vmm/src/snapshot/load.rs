@@ -78,7 +78,9 @@ pub fn restore(config: &RestoreConfig) -> Result<Role, VmmError> {
             let saved = Arc::new(kvm);
             tell(&serde_json::json!({"ok": true}));
             child::detach_stdio(&dir).map_err(VmmError::io("cannot reopen standard streams"))?;
-            Ok(Role::Zygote(Box::new(Zygote { control, machine, saved, dir, record, timing })))
+            let unshared = Some(0);
+            let zygote = Zygote { control, machine, saved, dir, record, timing, unshared };
+            Ok(Role::Zygote(Box::new(zygote)))
         }
         Err(error) => {
             dir.remove()?;
@@ -89,7 +91,6 @@ pub fn restore(config: &RestoreConfig) -> Result<Role, VmmError> {
 
 fn serve_zygote(machine: &Machine, dir: &RunDir) -> Result<Control, VmmError> {
     machine.ram().check_fork().map_err(MachineError::from)?;
-    machine.share_root();
     let reactor = Reactor::new().map_err(VmmError::io("cannot make an epoll set"))?;
     Control::new(reactor, &dir.file("api.sock"))
 }

@@ -110,8 +110,12 @@ fn launch<T: Serialize>(
     let mut command = Command::new(how.program);
     command.arg0("forkd").arg("vm").arg(format!("--id={id}"));
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    let options =
-        SpawnOptions { new_session: true, cwd: Some(PathBuf::from("/")), inherit, ..Default::default() };
+    let options = SpawnOptions {
+        new_session: true,
+        cwd: Some(PathBuf::from("/")),
+        inherit,
+        ..Default::default()
+    };
     prepare(&mut command, options).context("cannot prepare the VM's process")?;
     let failed = || format!("cannot start the VM's process, {}", how.program.display());
     let mut child = command.spawn().with_context(failed)?;

@@ -149,7 +149,9 @@ pub fn require_free_names(paths: &Paths, names: &[String]) -> Result<()> {
 
 /// That there is a VM of that name.
 pub fn name_taken(VmRecord { name, id, .. }: &VmRecord) -> String {
-    format!("a VM named {name} runs already ({id}): pick another --name, or end it with `forkd kill {id}`")
+    format!(
+        "a VM named {name} runs already ({id}): pick another --name, or end it with `forkd kill {id}`"
+    )
 }
 
 #[cfg(test)]

@@ -165,8 +165,7 @@ impl Snapshot {
     /// [`RestoreError::Snapshot`].
     pub fn open(paths: &Paths, tag: &str) -> Result<Self, RestoreError> {
         let found = persist::durable_with_root(paths, tag);
-        let root =
-            found.map_err(|e| RestoreError::Snapshot { reason: output::error_line(&e) })?;
+        let root = found.map_err(|e| RestoreError::Snapshot { reason: output::error_line(&e) })?;
         Ok(Self { tag: tag.to_string(), store: paths.snapshot_store(), root })
     }
 
@@ -189,7 +188,8 @@ impl Snapshot {
         let kind = KINDS.iter().find(|(memory, _)| *memory == wanted);
         let (_, memory) = kind.ok_or(RestoreError::Memory { memory: wanted })?;
         let name = |error: anyhow::Error| RestoreError::Name { reason: output::error_line(&error) };
-        let ids = (0..count).map(|_| id::new()).collect::<anyhow::Result<Vec<_>>>().map_err(name)?;
+        let ids =
+            (0..count).map(|_| id::new()).collect::<anyhow::Result<Vec<_>>>().map_err(name)?;
         let names = id::child_names(options.name.as_deref(), &ids).map_err(name)?;
         require_free(work_dir, &names).map_err(|reason| RestoreError::Name { reason })?;
         // The first one cannot be had without it.
@@ -299,7 +299,10 @@ mod tests {
         let error = snapshot().restore_many_with(&options, work_dir.path()).unwrap_err();
         assert!(matches!(error, RestoreError::Child { number: 1, count: 3, .. }), "{error:?}");
         let said = error.to_string();
-        assert!(said.contains("child #1 of 3 of py") && said.contains("/nonexistent/forkd"), "{said}");
+        assert!(
+            said.contains("child #1 of 3 of py") && said.contains("/nonexistent/forkd"),
+            "{said}"
+        );
         let memory = MemoryBackend::MemfdPrivate;
         let options = ForkOptions { memory, ..ForkOptions::default() };
         let error = snapshot().restore_many_with(&options, work_dir.path()).unwrap_err();

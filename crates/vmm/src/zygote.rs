@@ -78,7 +78,9 @@ impl Zygote {
         loop {
             let deadline = self.control.offspring.next_deadline();
             let pause = self.unshared.map(|_| IDLE);
-            self.control.reactor.wait(&mut events, [deadline, pause].into_iter().flatten().min())?;
+            self.control
+                .reactor
+                .wait(&mut events, [deadline, pause].into_iter().flatten().min())?;
             if events.is_empty() {
                 self.unshared = self.unshared.and_then(|at| self.machine.share_root(at));
             }

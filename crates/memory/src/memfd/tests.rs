@@ -168,7 +168,8 @@ fn a_source_that_changes_while_copied_is_refused() {
         let opened = Source::open(file.path(), Some(len)).expect("open");
         file.as_file().set_len(cut).expect("cut");
         for threads in [1, 3] {
-            let error = make::populated(&opened, "cut", &MemfdOptions::default(), |_| threads).expect_err("cut");
+            let error = make::populated(&opened, "cut", &MemfdOptions::default(), |_| threads)
+                .expect_err("cut");
             assert!(
                 matches!(&error, MemfdError::Changed { path, before, after }
                     if path == file.path() && *before == len && *after == cut),
@@ -183,7 +184,8 @@ fn a_source_that_changes_while_copied_is_refused() {
 fn extents_of_several_files_are_laid_out() {
     let (first, second) = (source(&pattern(16384, 8)), source(&pattern(8192, 9)));
     let open = |file: &NamedTempFile| (file.path().to_owned(), file.reopen().expect("open"));
-    let extent = |ram_offset, len, file, file_offset| FileExtent { ram_offset, len, file, file_offset };
+    let extent =
+        |ram_offset, len, file, file_offset| FileExtent { ram_offset, len, file, file_offset };
     let make = |extents: &[FileExtent]| {
         let options = MemfdOptions { immutable: true, ..MemfdOptions::default() };
         let files = vec![open(&first), open(&second)];

@@ -26,7 +26,8 @@ use forkd_devices::virtio::pmem::{Pmem, PmemConfig};
 use forkd_devices::virtio::rng::Rng;
 use forkd_devices::virtio::vsock::{Vsock, VsockEndpoint};
 use forkd_devices::vmgenid::VmGenId;
-use forkd_memory::{AnonOptions, GuestRam};
+use forkd_memory::backend::Userfault;
+use forkd_memory::{AnonOptions, GuestRam, LoadStatus};
 use forkd_snapshot::Digest;
 use forkd_sys::reactor::{Interest, Reactor, Readiness, Token};
 use forkd_sys::wake::Waker;
@@ -373,6 +374,14 @@ impl Machine {
         let (printed, lost) = self.console.counters();
         metrics.insert("console.printed_bytes".into(), printed);
         metrics.insert("console.lost_bytes".into(), lost);
+        if let Some(lazy) = self.ram.lazy() {
+            metrics.insert("ram.faults".into(), lazy.faults());
+            let missing = match lazy.status() {
+                LoadStatus::Loading { remaining } => remaining,
+                LoadStatus::Failed(_) | LoadStatus::Complete => 0,
+            };
+            metrics.insert("ram.missing_bytes".into(), missing);
+        }
         metrics.extend(engine.map(Engine::metrics).unwrap_or_default());
         metrics
     }
@@ -388,6 +397,9 @@ impl Machine {
         }
         if let Some(memfd) = self.ram.memfd_region() {
             registry.register(memfd, Disposition::Inherit, "ram");
+        }
+        for fd in self.ram.lazy().map(Userfault::descriptors).iter().flatten() {
+            registry.register(fd, Disposition::Inherit, "userfault");
         }
         registry.register(self.wiring.waker(), Disposition::Reopen, "waker");
         if let Some(fd) = self.console.raw_fd() {

@@ -7,7 +7,7 @@
 #![allow(unsafe_code)]
 
 use std::fs::File;
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -17,7 +17,7 @@ use forkd_devices::virtio::block::ExtentKind;
 use forkd_memory::backend::FileSource;
 use forkd_memory::memfd::create_from_extents;
 use forkd_memory::{
-    FileExtent, GuestRam, MemfdError, MemfdOptions, MemfdRegion, MemoryError, Sharing,
+    FileExtent, GuestRam, MemfdError, MemfdOptions, MemfdRegion, MemoryError, Sharing, WorkingSet,
 };
 use forkd_snapshot::{
     Extent, HostFacts, Loaded, PAGE_SIZE, Platform, Resolved, SourceFile, Store, Verification,
@@ -31,6 +31,7 @@ use forkd_vm::Host;
 use super::state::SavedVm;
 use crate::control::Control;
 use crate::fork::{SavedKvm, child};
+use crate::lazy::{Lazy, Origin};
 use crate::machine::{Base, Blueprint, Machine, MachineError};
 use crate::process::{Role, VmmError, tell};
 use crate::run_dir::RunDir;
@@ -58,9 +59,10 @@ pub fn restore(config: &RestoreConfig) -> Result<Role, VmmError> {
     let requested_ns = monotonic_ns();
     // SAFETY: this process has opened nothing so far but its standard streams, whose numbers are refused.
     let inherited = config.memfd.map(|number| unsafe { take_inherited(number) }).transpose();
-    let inherited = inherited.map_err(|e| VmmError::Config(format!("no memfd for its RAM: {e}")))?;
+    let inherited =
+        inherited.map_err(|e| VmmError::Config(format!("no memfd for its RAM: {e}")))?;
     let dir = RunDir::create(&config.dir)?;
-    let (machine, kvm, record) = match build(config, &dir, inherited) {
+    let Built { machine, kvm, record, lazy } = match build(config, &dir, inherited) {
         Ok(built) => built,
         Err(error) => {
             // The error at hand is the one to tell; a directory that stays is swept later.
@@ -70,7 +72,9 @@ pub fn restore(config: &RestoreConfig) -> Result<Role, VmmError> {
     };
     let timing = Timing { requested_ns, ..Timing::default() };
     if config.run_as.is_some() {
-        return child::run_loaded(machine, &kvm, dir, record, timing).map(Role::Running);
+        let mut running = child::run_loaded(machine, &kvm, dir, record, timing)?;
+        running.adopt_lazy(lazy).map_err(VmmError::io("cannot watch the loading of RAM"))?;
+        return Ok(Role::Running(running));
     }
     match serve_zygote(&machine, &dir) {
         Ok(control) => {
@@ -95,11 +99,19 @@ fn serve_zygote(machine: &Machine, dir: &RunDir) -> Result<Control, VmmError> {
     Control::new(reactor, &dir.file("api.sock"))
 }
 
+/// What a snapshot was made into.
+struct Built {
+    machine: Machine,
+    kvm: SavedKvm,
+    record: VmRecord,
+    lazy: Option<Lazy>,
+}
+
 fn build(
     config: &RestoreConfig,
     dir: &RunDir,
     inherited: Option<OwnedFd>,
-) -> Result<(Machine, SavedKvm, VmRecord), VmmError> {
+) -> Result<Built, VmmError> {
     let wrong = |why: String| {
         VmmError::Config(format!("snapshot {} cannot be loaded: {why}", config.restore_from))
     };
@@ -141,19 +153,37 @@ fn build(
             .then(|| Base { tag: config.restore_from.clone(), root: manifest.root }),
     };
     let memory = &loaded.memory;
+    let (store, tag) = (config.store.clone(), config.restore_from.clone());
+    let origin = Origin { store, tag, root: manifest.root };
+    let mut known = WorkingSet::default();
     let ram = match config.memory {
         RestoredMemory::File => map_ram(memory, mem_mib),
         RestoredMemory::MemfdShared => copy_ram(memory, mem_mib, &config.id),
         RestoredMemory::MemfdPrivate => share_ram(inherited, mem_mib),
-        RestoredMemory::Userfault => lazy_ram(memory, mem_mib),
+        RestoredMemory::Userfault => {
+            known = working_set(&origin, memory.len, dir);
+            lazy_ram(memory, mem_mib, known.clone())
+        }
     }
     .map_err(|error| wrong(format!("its RAM: {error}")))?;
     let machine = Machine::assemble(host, ram, blueprint, dir)?;
+    let lazy = Lazy::begin(&machine, origin, known, dir.path());
     machine.restore_devices(&saved.devices).map_err(|e| wrong(e.to_string()))?;
     for (index, disk) in loaded.disks.iter().enumerate() {
         fill_disk(&machine, index, disk).map_err(|e| wrong(e.to_string()))?;
     }
-    Ok((machine, saved.kvm, record))
+    Ok(Built { machine, kvm: saved.kvm, record, lazy })
+}
+
+/// What to fetch ahead. A working set that is no good is as good as none.
+fn working_set(origin: &Origin, size: u64, dir: &RunDir) -> WorkingSet {
+    origin.working_set(size).map(Option::unwrap_or_default).unwrap_or_else(|why| {
+        // Standard error is whoever started this process, as yet.
+        let log = std::fs::File::options().create(true).append(true).open(dir.file("vmm.log"));
+        // Without a log it stays unsaid.
+        let _ = log.and_then(|mut log| writeln!(log, "nothing is fetched ahead: {why}"));
+        WorkingSet::default()
+    })
 }
 
 /// Whether the snapshot is for this host. Its kernel is in its RAM; its root image was found by digest.
@@ -178,9 +208,9 @@ fn share_ram(inherited: Option<OwnedFd>, mem_mib: u32) -> Result<GuestRam, RamEr
     Ok(GuestRam::memfd(mem_mib, region, Sharing::Private)?)
 }
 
-fn lazy_ram(memory: &Resolved, mem_mib: u32) -> Result<GuestRam, RamError> {
+fn lazy_ram(memory: &Resolved, mem_mib: u32, ahead: WorkingSet) -> Result<GuestRam, RamError> {
     let source = FileSource::new(memory.len, files(memory)?, &extents(memory))?;
-    Ok(GuestRam::userfault(mem_mib, Box::new(source), None)?)
+    Ok(GuestRam::userfault(mem_mib, Box::new(source), Some(ahead))?)
 }
 
 fn files(memory: &Resolved) -> Result<Vec<File>, RamError> {

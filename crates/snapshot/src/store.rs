@@ -9,6 +9,7 @@ use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 
 use crate::chain::MAX_DEPTH;
+use crate::digest::Digest;
 use crate::io::{Io, Kernel, Renaming};
 use crate::manifest::{MANIFEST, Manifest, Parent};
 use crate::names::{
@@ -327,6 +328,24 @@ impl Store {
         let _names = self.share_names()?;
         let manifest = self.manifest(tag)?;
         Ok(Snapshot::new(self.dir.join(tag), manifest))
+    }
+
+    /// Calls `f` with the directory of a snapshot, while nobody renames or removes it: for what is kept beside the
+    /// snapshot and is no part of it, as a hint that may be lost or wrong.
+    ///
+    /// # Errors
+    /// As [`Store::get`]; [`SnapshotError::NotFound`] if the tag is another snapshot's by now.
+    pub fn beside<R>(
+        &self,
+        tag: &str,
+        root: Digest,
+        f: impl FnOnce(&Path) -> R,
+    ) -> Result<R, SnapshotError> {
+        let _names = self.share_names()?;
+        if !self.manifest(tag)?.answers_to(root) {
+            return Err(SnapshotError::NotFound(tag.to_string()));
+        }
+        Ok(f(&self.dir.join(tag)))
     }
 
     /// The caller has the names locked, as in all that does not lock them itself.

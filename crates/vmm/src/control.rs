@@ -25,6 +25,8 @@ pub mod tokens {
     pub const LINK: Token = Token(3);
     /// The end of a live snapshot's writer.
     pub const CAPTURE: Token = Token(5);
+    /// RAM that is being loaded: all of it is there, or cannot be.
+    pub const RAM: Token = Token(6);
     /// The API server: listener and connections.
     pub const API: u64 = 0x1_0000;
     /// The vsock device: listener and connections.

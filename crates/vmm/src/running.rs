@@ -25,6 +25,7 @@ use crate::fork::offspring::AnswerAs;
 use crate::fork::{
     Birth, Destiny, Forked, PauseClock, Quiesced, child, crowd_of, fork_all, report_pipes,
 };
+use crate::lazy::{self, Lazy};
 use crate::machine::engine::Engine;
 use crate::machine::{Gate, Machine};
 use crate::process::{Next, VmmError, report, tell};
@@ -74,6 +75,8 @@ pub struct Running {
     pub(crate) waking: Option<Token>,
     /// A live snapshot of this VM that is being written.
     pub(crate) capture: Option<Capturing>,
+    /// RAM that is still being loaded.
+    pub(crate) lazy: Option<Lazy>,
     waiters: Vec<Waiter>,
     /// A zygote that is wanted once the guest has rehearsed the fork notice.
     rehearsing: Option<(RequestId, ChildSpec)>,
@@ -116,6 +119,7 @@ impl Running {
             error: None,
             waking: None,
             capture: None,
+            lazy: None,
             waiters: Vec::new(),
             rehearsing: None,
         }
@@ -203,6 +207,7 @@ impl Running {
         }
         // The directory first: once it is gone the VM is gone for everybody, while KVM takes its time.
         self.dir.remove()?;
+        lazy::exit_if_stuck(&self.machine);
         self.engine.stop().map_err(VmmError::from)
     }
 
@@ -219,6 +224,7 @@ impl Running {
             for snapshot in self.control.offspring.take_written() {
                 self.machine.set_latest(snapshot);
             }
+            self.load_rest();
             self.control.answer_forks()?;
             self.answer_waiters()?;
         }
@@ -227,7 +233,8 @@ impl Running {
     fn next_timeout(&self) -> Option<Duration> {
         let now = Instant::now();
         let waiters = self.waiters.iter().map(|w| w.deadline.saturating_duration_since(now)).min();
-        [waiters, self.control.offspring.next_deadline()].into_iter().flatten().min()
+        let ram = self.lazy.as_ref().and_then(Lazy::next_deadline);
+        [waiters, self.control.offspring.next_deadline(), ram].into_iter().flatten().min()
     }
 
     fn dispatch(&mut self, readiness: Readiness) -> io::Result<Flow> {
@@ -237,6 +244,9 @@ impl Running {
         }
         if token == tokens::CAPTURE {
             return self.after_capture().map(|()| Flow::Go);
+        }
+        if token == tokens::RAM {
+            return self.on_ram();
         }
         if self.machine.owns(token) {
             self.machine.handle(&self.control.reactor, &readiness);
@@ -331,6 +341,9 @@ impl Running {
                     self.timing.ready_ns = monotonic_ns();
                     self.phase = VmPhase::Ready;
                     self.machine.set_gate(Gate::Open);
+                    if let Some(lazy) = &mut self.lazy {
+                        lazy.guest_is_ready();
+                    }
                 }
                 Ok(())
             }
@@ -370,7 +383,11 @@ impl Running {
         self.link.send_notice(&self.control.reactor, stream, identity, reason)
     }
 
-    fn fail(&mut self, why: String) -> io::Result<()> {
+    pub(crate) fn fail(&mut self, why: String) -> io::Result<()> {
+        if self.phase == VmPhase::Failed {
+            // What comes of a failure is not to hide it.
+            return Ok(());
+        }
         self.phase = VmPhase::Failed;
         self.error = Some(why.clone());
         self.machine.set_gate(Gate::Refuse(why));
@@ -379,19 +396,34 @@ impl Running {
 
     fn on_requests(&mut self, requests: Vec<(RequestId, Request)>) -> io::Result<Flow> {
         for (id, request) in requests {
-            let outcome = match VmmAction::parse(&request) {
-                Ok(action) => self.act(id, action)?,
-                Err(refusal) => Err(refusal),
-            };
-            match outcome {
-                Ok(Flow::Go) => {}
-                Ok(other) => return Ok(other),
-                Err(Refusal { status, message }) => {
-                    self.control.answer_fault(id, status, message)?;
-                }
+            match self.carry_out(id, VmmAction::parse(&request))? {
+                Flow::Go => {}
+                other => return Ok(other),
             }
         }
         Ok(Flow::Go)
+    }
+
+    /// Acts on a request, or refuses it.
+    pub(crate) fn carry_out(
+        &mut self,
+        id: RequestId,
+        action: Result<VmmAction, Refusal>,
+    ) -> io::Result<Flow> {
+        let outcome = match action {
+            Ok(action) => match self.unless_loading(id, action) {
+                Some(action) => self.act(id, action)?,
+                None => return Ok(Flow::Go),
+            },
+            Err(refusal) => Err(refusal),
+        };
+        match outcome {
+            Ok(flow) => Ok(flow),
+            Err(Refusal { status, message }) => {
+                self.control.answer_fault(id, status, message)?;
+                Ok(Flow::Go)
+            }
+        }
     }
 
     fn act(&mut self, id: RequestId, action: VmmAction) -> io::Result<Result<Flow, Refusal>> {

@@ -254,14 +254,15 @@ fn settle_as_zygote(
         dir.write_record(&record)?;
         machine.reopen_logs(&dir)?;
         detach_stdio(&dir).map_err(VmmError::io("cannot reopen standard streams"))?;
-        machine.share_root();
         let reactor = Reactor::new().map_err(VmmError::io("cannot make an epoll set"))?;
         Control::new(reactor, &dir.file("api.sock"))
     })();
     match built {
         Ok(control) => {
             let timing = Timing { ready_ns: monotonic_ns(), ..timing };
-            Ok(Role::Zygote(Box::new(Zygote { control, machine, saved, dir, record, timing })))
+            let unshared = Some(0);
+            let zygote = Zygote { control, machine, saved, dir, record, timing, unshared };
+            Ok(Role::Zygote(Box::new(zygote)))
         }
         Err(error) => {
             dir.remove()?;

@@ -19,7 +19,7 @@ use forkd_snapshot::KvmFlavour;
 use forkd_vm::Host;
 use forkd_vm::host::Flavour;
 
-pub use load::restore;
+pub use load::{memory_of, restore};
 pub use save::{
     Errand, SaveError, WRITE_TIMEOUT, fill, finish, fork_writer, run_writer, stage, stage_diff,
 };

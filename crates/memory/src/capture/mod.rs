@@ -65,7 +65,9 @@ mod copier;
 mod guest;
 mod live;
 mod maps;
+mod notes;
 mod pages;
+mod prearm;
 mod priority;
 mod report;
 mod writer;
@@ -79,6 +81,7 @@ use std::io;
 use std::os::fd::RawFd;
 
 pub use live::{LiveCapture, LiveConfig, Progress};
+pub use prearm::{Ahead, PreArm, PreReport, Protected};
 pub use report::Report;
 
 /// Where captured pages go. Used from two threads of the writer process at once.

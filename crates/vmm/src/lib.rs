@@ -18,6 +18,7 @@ pub mod control;
 pub mod fork;
 mod log;
 pub mod machine;
+pub mod pause;
 pub mod process;
 pub mod requests;
 pub mod run_dir;

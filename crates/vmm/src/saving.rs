@@ -22,8 +22,9 @@ use crate::running::{Flow, Running};
 use crate::snapshot::live::{Armed, Prepared, Preparing};
 use crate::snapshot::{self, Errand, WRITE_TIMEOUT, live};
 
-/// Mapped pages of RAM from which on they are protected ahead of a live snapshot's pause.
-const AHEAD_FROM: u64 = 4096;
+/// Mapped pages of RAM from which on they are protected ahead of a live snapshot's pause: to protect as many in it takes
+/// as long as to end the thread and protect again what a busy guest wrote meanwhile.
+const AHEAD_FROM: u64 = 1024;
 /// As few pages written since are left to the pause.
 const ENOUGH: usize = 64;
 /// How often RAM is protected again because the pause would not fit its limit.

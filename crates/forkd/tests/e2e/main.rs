@@ -29,6 +29,7 @@ mod isolation;
 mod leftovers;
 mod lifecycle;
 mod live;
+mod max_pause;
 mod memory;
 mod runner;
 mod simd;
@@ -52,6 +53,7 @@ fn tests() -> Vec<runner::Test> {
         exec::TESTS,
         branch::TESTS,
         live::TESTS,
+        max_pause::TESTS,
         simd::TESTS,
         memory::TESTS,
         io_under_load::TESTS,

@@ -7,7 +7,7 @@
 //! | `GET /metrics` | | [`Metrics`] |
 //! | `PATCH /vm` | [`VmStateChange`] | 204 |
 //! | `POST /fork` | [`ForkRequest`] | [`ForkResponse`] |
-//! | `POST /zygote` | [`ZygoteRequest`] | [`ChildResult`] |
+//! | `POST /zygote` | [`ZygoteRequest`] | [`ZygoteResponse`] |
 //! | `POST /persist` | [`PersistRequest`] | [`ChildResult`] |
 //! | `POST /snapshot` | [`SnapshotRequest`] | [`SnapshotReceipt`] |
 //! | `PUT /actions` | [`Action`] | 204 |
@@ -118,6 +118,9 @@ pub struct Timing {
 pub struct ForkRequest {
     /// The children, 1 to [`MAX_CHILDREN`].
     pub children: Vec<ChildSpec>,
+    /// The longest that a running source may stand still for it, in microseconds: refused (409) if it would be longer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_pause_us: Option<u64>,
 }
 
 /// Most children of one request.
@@ -163,6 +166,17 @@ pub struct ChildResult {
     pub timing: Timing,
 }
 
+/// Answer to `POST /zygote`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ZygoteResponse {
+    /// The zygote.
+    #[serde(flatten)]
+    pub child: ChildResult,
+    /// What the source felt.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<SourcePause>,
+}
+
 /// How long a running source stood still for a fork, in microseconds.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SourcePause {
@@ -174,9 +188,15 @@ pub struct SourcePause {
     pub save_us: u64,
     /// All fork(2) calls.
     pub fork_us: u64,
-    /// Write-protecting all of RAM, for a snapshot in mode `live`.
+    /// Write-protecting RAM, for a snapshot in mode `live`: all of it, or what was left by the protection ahead.
     #[serde(default)]
     pub arm_us: u64,
+    /// The longest that `pause_us` was to be, if that was said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_pause_us: Option<u64>,
+    /// Whether it was longer all the same.
+    #[serde(default)]
+    pub exceeded: bool,
 }
 
 /// `POST /zygote`: fork this VM once into a zygote.
@@ -191,6 +211,9 @@ pub struct ZygoteRequest {
     /// numbers. Not wanted where the VM goes on with what it does.
     #[serde(default = "yes")]
     pub rehearse: bool,
+    /// As of [`ForkRequest`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_pause_us: Option<u64>,
 }
 
 /// `POST /persist`: a forked writer puts a zygote into a store of durable snapshots, under its own tag; or, of a VM
@@ -207,6 +230,9 @@ pub struct PersistRequest {
     /// Answer once it is durable; otherwise at once, and the store tells what came of it.
     #[serde(default = "yes")]
     pub wait: bool,
+    /// As of [`ForkRequest`]; a zygote stands still anyway.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_pause_us: Option<u64>,
 }
 
 /// `POST /snapshot`: a running VM writes a durable snapshot of itself, and goes on.
@@ -224,6 +250,10 @@ pub struct SnapshotRequest {
     /// `full` there is no difference.
     #[serde(default = "yes")]
     pub wait: bool,
+    /// The longest that the VM may stand still for it, in microseconds: refused (409) if it would be longer. In mode
+    /// `live` more is done ahead of the pause until it fits.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_pause_us: Option<u64>,
 }
 
 /// How a running VM writes a snapshot of itself.
@@ -242,7 +272,7 @@ pub enum SnapshotMode {
 pub struct SnapshotReceipt {
     /// What the source felt.
     pub source: SourcePause,
-    /// Bytes of RAM that were written; of mode `live`, as the next three.
+    /// Bytes of RAM that were written; of mode `live`, as all that follow but the last.
     #[serde(default)]
     pub bytes: u64,
     /// Pages that were copied one after the other.
@@ -251,7 +281,13 @@ pub struct SnapshotReceipt {
     /// Pages that were copied ahead of their turn, as the guest was about to write them.
     #[serde(default)]
     pub pages_by_handler: u64,
-    /// The longest that such a write waited for its copy, in microseconds.
+    /// Time for which RAM was being protected ahead of the pause, in microseconds; 0 if all of it was protected in it.
+    #[serde(default)]
+    pub prearm_us: u64,
+    /// Pages that were written meanwhile, and protected again in the pause.
+    #[serde(default)]
+    pub pages_rearmed: u64,
+    /// The longest that a write to a page waited, in microseconds: for its copy, or while RAM was protected ahead.
     #[serde(default)]
     pub longest_stall_us: u64,
     /// Request to durable, in microseconds; 0 if it was not waited for.

@@ -9,6 +9,7 @@ use forkd_api::client::Client;
 use forkd_api::types::{
     Action, ChildResult, ChildSpec, ForkRequest, ForkResponse, Metrics, PersistRequest,
     SnapshotMode, SnapshotReceipt, SnapshotRequest, SourcePause, VmInfo, VmPhase, ZygoteRequest,
+    ZygoteResponse,
 };
 use forkd_sys::fork::PidFd;
 use rustix::process::Signal;
@@ -32,12 +33,24 @@ pub struct VmClient {
     dir: PathBuf,
     /// What users call it, for errors.
     who: String,
+    max_pause: Option<Duration>,
 }
 
 impl VmClient {
     /// The process that owns a run directory; `who` is what users call it.
     pub fn new(dir: &Path, who: &str) -> Self {
-        Self { dir: dir.to_path_buf(), who: who.to_string() }
+        Self { dir: dir.to_path_buf(), who: who.to_string(), max_pause: None }
+    }
+
+    /// The same, for requests that pause it no longer than that, or else are refused.
+    #[must_use]
+    pub fn within(self, max_pause: Option<Duration>) -> Self {
+        Self { max_pause, ..self }
+    }
+
+    /// As the API has it.
+    fn max_pause_us(&self) -> Option<u64> {
+        self.max_pause.map(|time| u64::try_from(time.as_micros()).unwrap_or(u64::MAX))
     }
 
     /// What users call it.
@@ -97,7 +110,8 @@ impl VmClient {
     /// # Errors
     /// The request as a whole was refused; a child that failed says so in its result.
     pub fn fork(&self, children: Vec<ChildSpec>) -> Result<ForkResponse> {
-        Ok(self.connect(FORK)?.post_json("/fork", &ForkRequest { children })?)
+        let request = ForkRequest { children, max_pause_us: self.max_pause_us() };
+        Ok(self.connect(FORK)?.post_json("/fork", &request)?)
     }
 
     /// Has a zygote write itself into a store.
@@ -105,7 +119,8 @@ impl VmClient {
     /// # Errors
     /// It was refused, or writing failed.
     pub fn persist(&self, store: &Path, wait: bool) -> Result<()> {
-        let request = PersistRequest { store: store.to_path_buf(), tag: None, wait };
+        let request =
+            PersistRequest { store: store.to_path_buf(), tag: None, wait, max_pause_us: None };
         if !wait {
             self.connect(QUICK)?.send_json("POST", "/persist", &request)?;
             return Ok(());
@@ -122,8 +137,8 @@ impl VmClient {
     /// # Errors
     /// It was refused, or writing failed.
     pub fn diff(&self, store: &Path, tag: &str, wait: bool) -> Result<Option<SourcePause>> {
-        let request =
-            PersistRequest { store: store.to_path_buf(), tag: Some(tag.to_string()), wait };
+        let (store, tag) = (store.to_path_buf(), Some(tag.to_string()));
+        let request = PersistRequest { store, tag, wait, max_pause_us: self.max_pause_us() };
         let answer: ForkResponse = self.connect(WRITE)?.post_json("/persist", &request)?;
         match answer.children.into_iter().find_map(|child| child.error) {
             Some(error) => bail!("{error}"),
@@ -143,7 +158,7 @@ impl VmClient {
         wait: bool,
     ) -> Result<SnapshotReceipt> {
         let (store, tag) = (store.to_path_buf(), tag.to_string());
-        let request = SnapshotRequest { store, tag, mode, wait };
+        let request = SnapshotRequest { store, tag, mode, wait, max_pause_us: self.max_pause_us() };
         Ok(self.connect(WRITE)?.post_json("/snapshot", &request)?)
     }
 
@@ -151,10 +166,15 @@ impl VmClient {
     ///
     /// # Errors
     /// It was refused, or the zygote failed.
-    pub fn zygote(&self, tag: &str, dir: &Path, rehearse: bool) -> Result<ChildResult> {
-        let request = ZygoteRequest { tag: tag.to_string(), dir: dir.to_path_buf(), rehearse };
-        let result: ChildResult = self.connect(FORK)?.post_json("/zygote", &request)?;
-        match &result.error {
+    pub fn zygote(&self, tag: &str, dir: &Path, rehearse: bool) -> Result<ZygoteResponse> {
+        let request = ZygoteRequest {
+            tag: tag.to_string(),
+            dir: dir.to_path_buf(),
+            rehearse,
+            max_pause_us: self.max_pause_us(),
+        };
+        let result: ZygoteResponse = self.connect(FORK)?.post_json("/zygote", &request)?;
+        match &result.child.error {
             Some(error) => bail!("cannot make the snapshot {tag}: {error}"),
             None => Ok(result),
         }

@@ -14,7 +14,7 @@ use std::sync::RwLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use forkd_memory::capture::{LiveCapture, LiveConfig, PageSink};
+use forkd_memory::capture::{Ahead, LiveCapture, LiveConfig, PageSink, PreArm};
 use forkd_memory::dirty::{DirtyTracker, Kind, Limits, PreCopy, Tracked};
 use forkd_sys::mmap::{AnonymousOptions, Mapping};
 use forkd_sys::userfaultfd::{Fault, Features, Mode, Userfaultfd};
@@ -188,6 +188,84 @@ fn live(mib: usize, rounds: usize, writers: usize, to_file: bool) {
     percentiles("  go to done", waits);
 }
 
+/// What protecting RAM again costs: by the call, and by the page that is protected already.
+fn protect_again(mib: usize) {
+    let (_fd, ram) = memfd(mib * MIB);
+    let uffd = Userfaultfd::new(Features::WP_HUGETLBFS_SHMEM, Features::NONE).expect("uffd");
+    let start = ram.address() as u64;
+    uffd.register(start..start + ram.len() as u64, Mode::WRITE_PROTECT).expect("register");
+    uffd.write_protect(start..start + ram.len() as u64).expect("protect");
+    for pages in [1, 17, 256] {
+        let since = Instant::now();
+        let calls = 1000;
+        for call in 0..calls {
+            let at = start + (call * 300 % (ram.len() / PAGE - 256) * PAGE) as u64;
+            uffd.write_protect(at..at + (pages * PAGE) as u64).expect("protect");
+        }
+        println!("a call for {pages} protected pages: {:?}", since.elapsed() / calls as u32);
+    }
+}
+
+/// Protected ahead: what is left for the pause.
+fn live_ahead(mib: usize, rounds: usize, writers: usize, hot_pages: usize) {
+    let (fd, ram) = memfd(mib * MIB);
+    let (gate, stop) = (RwLock::new(()), AtomicBool::new(false));
+    let (mut aheads, mut arms, mut forks, mut stalls) = (vec![], vec![], vec![], vec![]);
+    let (mut left, mut faults, mut again) = (0, 0, 0);
+    std::thread::scope(|scope| {
+        for index in 0..writers {
+            let (ram, gate, stop) = (&ram, &gate, &stop);
+            scope.spawn(move || {
+                let mut random = index as u64 + 1;
+                while !stop.load(Ordering::Relaxed) {
+                    let _running = gate.read().expect("gate");
+                    for _ in 0..64 {
+                        random ^= random << 13;
+                        random ^= random >> 7;
+                        random ^= random << 17;
+                        let page = (random >> 20) as usize % hot_pages * 7 % (ram.len() / PAGE);
+                        ram.write_at(page * PAGE, &[1; 64]).expect("write");
+                    }
+                }
+            });
+        }
+        for _ in 0..rounds {
+            let config = LiveConfig::new(ram.address() as u64, ram.len() as u64, fd.as_fd());
+            let since = Instant::now();
+            let ahead = PreArm::start(&config, 64).expect("start");
+            while ahead.look() == Ahead::Working {
+                forkd_sys::reactor::wait_readable(ahead.told_fd(), None).expect("poll");
+            }
+            aheads.push(since.elapsed());
+            let paused = gate.write().expect("gate");
+            let since = Instant::now();
+            let protected = ahead.finish().expect("finish");
+            arms.push(since.elapsed());
+            let report = protected.report;
+            let since = Instant::now();
+            // SAFETY: the other threads hold only the gate, which the writer does not take.
+            let mut capture =
+                unsafe { LiveCapture::adopt(&config, protected, NullSink, || {}) }.expect("adopt");
+            forks.push(since.elapsed());
+            drop(paused);
+            stalls.push(report.longest_stall);
+            left += report.left;
+            faults += report.faults;
+            again += u64::from(report.rounds);
+            capture.go().expect("go");
+            capture.wait().expect("an image");
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    let mean = |sum: u64| sum / rounds as u64;
+    println!("live, protected ahead, {mib} MiB, {writers} writers of {hot_pages} pages:");
+    println!("  mean: {} left, {} faults, {} rounds", mean(left), mean(faults), mean(again));
+    percentiles("  start to ready", aheads);
+    percentiles("  finish: join and protect what is left", arms);
+    percentiles("  adopt: fork", forks);
+    percentiles("  longest stall ahead of the pause, at most", stalls);
+}
+
 fn diff(name: &str, ram: &Mapping, kind: Kind, rounds: usize) {
     let range = ram.address() as u64..(ram.address() + ram.len()) as u64;
     let since = Instant::now();
@@ -230,6 +308,10 @@ fn main() {
     let mut args = std::env::args().skip(1).map(|arg| arg.parse::<usize>().expect("a number"));
     let (mib, rounds) = (args.next().unwrap_or(1536), args.next().unwrap_or(20));
     one_fault();
+    protect_again(mib);
+    for (writers, hot_pages) in [(0, 1), (1, 1000), (2, 10_000), (2, 300_000)] {
+        live_ahead(mib, rounds, writers, hot_pages);
+    }
     live(mib, rounds, 0, false);
     for writers in [1, 2, 4] {
         live(mib, rounds, writers, false);

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use forkd_api::http::{Request, Response};
 use forkd_api::server::{RequestId, Server};
-use forkd_api::types::Fault;
+use forkd_api::types::{Fault, ZygoteResponse};
 use forkd_sys::reactor::{Interest, Reactor, Readiness};
 use forkd_sys::signal::{SignalFd, SignalSet};
 use serde::Serialize;
@@ -27,6 +27,8 @@ pub mod tokens {
     pub const CAPTURE: Token = Token(5);
     /// RAM that is being loaded: all of it is there, or cannot be.
     pub const RAM: Token = Token(6);
+    /// RAM is protected ahead of a live snapshot's pause.
+    pub const AHEAD: Token = Token(7);
     /// The API server: listener and connections.
     pub const API: u64 = 0x1_0000;
     /// The vsock device: listener and connections.
@@ -126,7 +128,8 @@ impl Control {
             match (form, response.children.first()) {
                 (AnswerAs::Zygote, Some(child)) => {
                     let child = child.clone();
-                    self.answer(request, 200, &child)?;
+                    let answer = ZygoteResponse { child, source: response.source };
+                    self.answer(request, 200, &answer)?;
                 }
                 _ => self.answer(request, 200, &response)?,
             }

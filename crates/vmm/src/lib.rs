@@ -19,6 +19,7 @@ pub mod fork;
 mod lazy;
 mod log;
 pub mod machine;
+pub mod pause;
 pub mod process;
 pub mod requests;
 pub mod run_dir;

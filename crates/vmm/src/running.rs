@@ -22,17 +22,16 @@ use crate::agent_link::{AgentLink, HELLO_PORT, LinkEvent, NOTICE_PORT};
 use crate::control::{Control, Handled, tokens};
 use crate::fork::crowd::Token;
 use crate::fork::offspring::AnswerAs;
-use crate::fork::{
-    Birth, Destiny, Forked, PauseClock, Quiesced, child, crowd_of, fork_all, report_pipes,
-};
+use crate::fork::{Birth, Destiny, Forked, PauseClock, child, crowd_of, fork_all, report_pipes};
 use crate::lazy::{self, Lazy};
 use crate::machine::engine::Engine;
 use crate::machine::{Gate, Machine};
+use crate::pause::{Costs, Limit, SHORTER_THAN_FORK};
 use crate::process::{Next, VmmError, report, tell};
 use crate::requests::{Refusal, VmmAction};
 use crate::run_dir::RunDir;
-use crate::snapshot::live::Capturing;
-use crate::vcpus::VcpuEvent;
+use crate::snapshot::live::{Capturing, Preparing};
+use crate::vcpus::{PARK_TIMEOUT, VcpuEvent};
 
 /// Who waits to hear that the vCPUs run.
 pub enum Announce {
@@ -77,9 +76,13 @@ pub struct Running {
     pub(crate) capture: Option<Capturing>,
     /// RAM that is still being loaded.
     pub(crate) lazy: Option<Lazy>,
+    /// One whose RAM is being protected ahead of the pause.
+    pub(crate) preparing: Option<Preparing>,
+    /// What pauses of this VM cost.
+    pub(crate) costs: Costs,
     waiters: Vec<Waiter>,
     /// A zygote that is wanted once the guest has rehearsed the fork notice.
-    rehearsing: Option<(RequestId, ChildSpec)>,
+    rehearsing: Option<(RequestId, ChildSpec, Limit)>,
 }
 
 /// What [`Running::new`] puts together.
@@ -120,6 +123,8 @@ impl Running {
             waking: None,
             capture: None,
             lazy: None,
+            preparing: None,
+            costs: Costs::default(),
             waiters: Vec::new(),
             rehearsing: None,
         }
@@ -201,7 +206,10 @@ impl Running {
     }
 
     fn end(mut self) -> Result<(), VmmError> {
-        // Its writer may hold up a vCPU, and nothing of it is to stay.
+        // Both may hold up a vCPU, and nothing of them is to stay.
+        if let Some(preparing) = self.preparing.take() {
+            preparing.give_up("the VM ended before it was taken");
+        }
         if let Some(capturing) = self.capture.take() {
             capturing.give_up("the VM ended while it was written");
         }
@@ -247,6 +255,9 @@ impl Running {
         }
         if token == tokens::RAM {
             return self.on_ram();
+        }
+        if token == tokens::AHEAD {
+            return self.after_ahead().map(|()| Flow::Go);
         }
         if self.machine.owns(token) {
             self.machine.handle(&self.control.reactor, &readiness);
@@ -356,8 +367,8 @@ impl Running {
         if self.link.is_busy() {
             return Ok(Flow::Go);
         }
-        let Some((request, spec)) = self.rehearsing.take() else { return Ok(Flow::Go) };
-        match self.fork(request, vec![spec], Destiny::Zygote)? {
+        let Some((request, spec, limit)) = self.rehearsing.take() else { return Ok(Flow::Go) };
+        match self.fork(request, vec![spec], Destiny::Zygote, limit)? {
             Ok(flow) => Ok(flow),
             Err(Refusal { status, message }) => {
                 self.control.answer_fault(request, status, message)?;
@@ -444,14 +455,16 @@ impl Running {
                 self.control.answer(id, 200, &metrics)?;
             }
             VmmAction::Fork(request) => {
-                return self.fork(id, request.children, Destiny::Vm);
+                let limit = Limit::from_us(request.max_pause_us);
+                return self.fork(id, request.children, Destiny::Vm, limit);
             }
-            VmmAction::Zygote(ZygoteRequest { tag, dir, rehearse }) => {
+            VmmAction::Zygote(ZygoteRequest { tag, dir, rehearse, max_pause_us }) => {
+                let limit = Limit::from_us(max_pause_us);
                 let spec = ChildSpec { id: tag.clone(), name: tag, dir };
                 if rehearse {
-                    return self.rehearse(id, spec);
+                    return self.rehearse(id, spec, limit);
                 }
-                return self.fork(id, vec![spec], Destiny::Zygote);
+                return self.fork(id, vec![spec], Destiny::Zygote, limit);
             }
             VmmAction::Snapshot(request) => {
                 return Ok(self.save(id, &request)?.map(|()| Flow::Go));
@@ -501,7 +514,7 @@ impl Running {
         match (state, self.phase) {
             (DesiredState::Paused, VmPhase::Ready) => {
                 self.engine.vcpus.request_park();
-                if let Err(error) = self.engine.vcpus.wait_parked() {
+                if let Err(error) = self.engine.vcpus.wait_parked(PARK_TIMEOUT) {
                     self.engine.vcpus.resume();
                     return Ok(Err(Refusal::new(500, error.to_string())));
                 }
@@ -524,7 +537,12 @@ impl Running {
     /// Has the guest go through a fork notice before it becomes a zygote: what that touches for the first
     /// time (code of a DAX file, page tables, buffers) is then in place in every child, and not faulted in by
     /// each. Without it, that was most of a child's way to its first answer.
-    fn rehearse(&mut self, id: RequestId, spec: ChildSpec) -> io::Result<Result<Flow, Refusal>> {
+    fn rehearse(
+        &mut self,
+        id: RequestId,
+        spec: ChildSpec,
+        limit: Limit,
+    ) -> io::Result<Result<Flow, Refusal>> {
         if self.phase != VmPhase::Ready || self.rehearsing.is_some() {
             let why =
                 format!("the VM is {:?}: only one that is ready becomes a zygote", self.phase);
@@ -537,7 +555,7 @@ impl Running {
             let why = format!("cannot send the fork notice: {error}");
             return Ok(Err(Refusal::new(500, why)));
         }
-        self.rehearsing = Some((id, spec));
+        self.rehearsing = Some((id, spec, limit));
         Ok(Ok(Flow::Go))
     }
 
@@ -547,6 +565,7 @@ impl Running {
         request: RequestId,
         specs: Vec<ChildSpec>,
         destiny: Destiny,
+        limit: Limit,
     ) -> io::Result<Result<Flow, Refusal>> {
         let requested_ns = monotonic_ns();
         if let Err(refusal) = self.require_ready("forked") {
@@ -555,10 +574,15 @@ impl Running {
         if let Err(error) = self.machine.ram().check_fork() {
             return Ok(Err(Refusal::new(409, error.to_string())));
         }
+        let work = self.fork_work(specs.len());
+        let patience = match limit.check(&self.costs.expect(work), SHORTER_THAN_FORK) {
+            Ok(patience) => patience,
+            Err(refusal) => return Ok(Err(refusal)),
+        };
         let pipes = report_pipes(specs.len());
         let crowd = crowd_of(specs.len(), self.machine.waking_limit());
         let mut clock = PauseClock::start();
-        let quiesced = match self.pause(&mut clock, "forked") {
+        let quiesced = match self.pause(&mut clock, patience, "forked") {
             Ok(quiesced) => quiesced,
             Err(refusal) => return Ok(Err(refusal)),
         };
@@ -568,7 +592,8 @@ impl Running {
         };
         clock.forked();
         self.go_on();
-        let pause = clock.stop();
+        let pause = clock.stop(limit);
+        self.costs.learn(work, &pause);
         let form = match destiny {
             Destiny::Vm => AnswerAs::Fork,
             Destiny::Zygote | Destiny::Writer => AnswerAs::Zygote,
@@ -587,21 +612,6 @@ impl Running {
         }
         let why = format!("the VM is {:?}: only one that is ready can be {done}", self.phase);
         Err(Refusal::new(409, why))
-    }
-
-    /// Quiesces the VM. If that fails it goes on, and the refusal says that it cannot be `done` now.
-    pub(crate) fn pause(&self, clock: &mut PauseClock, done: &str) -> Result<Quiesced, Refusal> {
-        self.engine.quiesce(clock).map_err(|error| {
-            self.go_on();
-            Refusal::new(500, format!("the VM cannot be {done} now: {error}"))
-        })
-    }
-
-    /// Lets the vCPUs go on, unless the VM is paused by request.
-    pub(crate) fn go_on(&self) {
-        if self.phase != VmPhase::Paused {
-            self.engine.vcpus.resume();
-        }
     }
 }
 

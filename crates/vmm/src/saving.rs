@@ -1,21 +1,38 @@
 //! A running VM writes durable snapshots of itself.
 
 use std::io;
+use std::time::Duration;
 
 use forkd_api::server::RequestId;
 use forkd_api::types::{
-    ForkResponse, PersistRequest, SnapshotMode, SnapshotReceipt, SnapshotRequest,
+    ForkResponse, PersistRequest, SnapshotMode, SnapshotReceipt, SnapshotRequest, SourcePause,
 };
-use forkd_snapshot::Mode;
+use forkd_memory::MemoryBackend;
+use forkd_memory::capture::{Ahead, PreArm};
+use forkd_snapshot::{Mode, PAGE_SIZE};
 use forkd_sys::clock::monotonic_ns;
 use forkd_sys::reactor::Interest;
 
 use crate::control::tokens;
 use crate::fork::offspring::AnswerAs;
 use crate::fork::{Forked, PauseClock};
+use crate::pause::{Limit, Resident, SHORTER_THAN_FORK, Work};
 use crate::requests::Refusal;
 use crate::running::{Flow, Running};
+use crate::snapshot::live::{Armed, Prepared, Preparing};
 use crate::snapshot::{self, Errand, WRITE_TIMEOUT, live};
+
+/// Mapped pages of RAM from which on they are protected ahead of a live snapshot's pause: to protect as many in it takes
+/// as long as to end the thread and protect again what a busy guest wrote meanwhile.
+const AHEAD_FROM: u64 = 1024;
+/// As few pages written since are left to the pause.
+const ENOUGH: usize = 64;
+/// How often RAM is protected again because the pause would not fit its limit.
+const TRIES: u32 = 5;
+/// What is shorter than mode `full`.
+const SHORTER_THAN_FULL: &str = "mode fork or live keeps the VM paused for less";
+/// What helps where nothing is shorter.
+const LONGER: &str = "no mode is quicker; allow more";
 
 impl Running {
     /// Acts on `POST /snapshot`.
@@ -31,10 +48,10 @@ impl Running {
         if let Err(refusal) = self.require_ready("saved") {
             return Ok(Err(refusal));
         }
-        if let Some(other) = &self.capture {
+        let preparing = self.preparing.as_ref().map(|preparing| &preparing.tag);
+        if let Some(tag) = self.capture.as_ref().map(|capture| &capture.tag).or(preparing) {
             let why = format!(
-                "snapshot {} of this VM is being written: ask again when it is ready or has failed",
-                other.tag
+                "snapshot {tag} of this VM is being written: ask again when it is ready or has failed"
             );
             return Ok(Err(Refusal::new(409, why)));
         }
@@ -51,12 +68,18 @@ impl Running {
         request: &SnapshotRequest,
         requested_ns: u64,
     ) -> io::Result<Result<(), Refusal>> {
+        let limit = Limit::from_us(request.max_pause_us);
+        let work = Work::Copy { bytes: self.bytes_to_copy() };
+        let patience = match limit.check(&self.costs.expect(work), SHORTER_THAN_FULL) {
+            Ok(patience) => patience,
+            Err(refusal) => return Ok(Err(refusal)),
+        };
         let mut staged = match snapshot::stage(&request.store, &request.tag) {
             Ok(staged) => staged,
             Err(error) => return Ok(Err(Refusal::new(409, error.to_string()))),
         };
         let mut clock = PauseClock::start();
-        let quiesced = match self.pause(&mut clock, "saved") {
+        let quiesced = match self.pause(&mut clock, patience, "saved") {
             Ok(quiesced) => quiesced,
             Err(refusal) => {
                 // The refusal tells, and so does the list.
@@ -68,7 +91,9 @@ impl Running {
         let filled = snapshot::fill(machine, quiesced.saved(), record, &mut staged);
         clock.forked();
         self.go_on();
-        let source = clock.stop();
+        let source = clock.stop(limit);
+        self.costs.learn(work, &source);
+        let (machine, record) = (&self.machine, &self.record);
         match snapshot::finish(machine, record, staged, Mode::Full, filled) {
             Ok(written) => self.machine.set_latest(written),
             Err(error) => return Ok(Err(Refusal::new(500, error.to_string()))),
@@ -97,12 +122,18 @@ impl Running {
         let Some(tag) = &request.tag else {
             return refuse("a VM that runs is no snapshot: give the tag of the diff".to_owned());
         };
+        let limit = Limit::from_us(request.max_pause_us);
+        let work = self.fork_work(1);
+        let patience = match limit.check(&self.costs.expect(work), SHORTER_THAN_FORK) {
+            Ok(patience) => patience,
+            Err(refusal) => return Ok(Err(refusal)),
+        };
         let staged = match snapshot::stage_diff(&self.machine, &request.store, tag) {
             Ok(staged) => staged,
             Err(why) => return refuse(why),
         };
         let mut clock = PauseClock::start();
-        let quiesced = match self.pause(&mut clock, "saved") {
+        let quiesced = match self.pause(&mut clock, patience, "saved") {
             Ok(quiesced) => quiesced,
             Err(refusal) => {
                 // The refusal tells, and so does the list.
@@ -117,7 +148,8 @@ impl Running {
         };
         clock.forked();
         self.go_on();
-        let pause = clock.stop();
+        let pause = clock.stop(limit);
+        self.costs.learn(work, &pause);
         let offspring = &mut self.control.offspring;
         let to = request.wait.then_some(id);
         let batch = offspring.open_batch(to, AnswerAs::Fork, 1, Some(WRITE_TIMEOUT));
@@ -134,33 +166,162 @@ impl Running {
         Ok(Ok(Flow::Go))
     }
 
-    /// Write-protects RAM with the vCPUs parked; a writer does the rest while they run.
+    /// Write-protects RAM, ahead of the pause if there is much of it; a writer does the rest while the vCPUs run.
     fn save_live(
         &mut self,
         id: RequestId,
         request: &SnapshotRequest,
         requested_ns: u64,
     ) -> io::Result<Result<(), Refusal>> {
+        let limit = Limit::from_us(request.max_pause_us);
+        let resident = Resident::now();
+        let private = resident.private(self.machine.ram());
+        let all = Work::Arm { pages: resident.shared, private };
+        let ahead = resident.shared >= AHEAD_FROM || !limit.allows(&self.costs.expect(all));
+        let work = if ahead { Work::ArmRest { noted: 0, private } } else { all };
+        let patience = match limit.check(&self.costs.expect(work), LONGER) {
+            Ok(patience) => patience,
+            Err(refusal) => return Ok(Err(refusal)),
+        };
         let (machine, record) = (&self.machine, &self.record);
         let prepared = match live::prepare(machine, record, &request.store, &request.tag) {
             Ok(prepared) => prepared,
             Err(refusal) => return Ok(Err(refusal)),
         };
-        let mut clock = PauseClock::start();
-        let quiesced = match self.pause(&mut clock, "saved") {
-            Ok(quiesced) => quiesced,
-            Err(refusal) => {
-                prepared.fail(&refusal.message);
-                return Ok(Err(refusal));
+        if !ahead {
+            let waiting = request.wait.then_some(id);
+            let taken = self.take_live(prepared, None, work, (limit, patience));
+            return match taken {
+                Ok((armed, pause)) => self.go_live(armed, pause, id, waiting, requested_ns),
+                Err(refusal) => Ok(Err(refusal)),
+            };
+        }
+        match prepared.start_ahead(machine, self.costs.room(limit, private, ENOUGH)) {
+            Ok(ahead) => {
+                self.control.reactor.add(ahead.told_fd(), tokens::AHEAD, Interest::READ)?;
+                let (tag, wait) = (request.tag.clone(), request.wait);
+                let preparing = Preparing {
+                    prepared,
+                    ahead,
+                    tag,
+                    request: id,
+                    wait,
+                    requested_ns,
+                    limit,
+                    in_vain: 0,
+                };
+                self.preparing = Some(preparing);
+                Ok(Ok(()))
+            }
+            Err(why) => {
+                prepared.fail(&why);
+                Ok(Err(Refusal::new(500, why)))
+            }
+        }
+    }
+
+    /// The thread that protects RAM ahead of a pause has something to say: now is the time, or it could not go on.
+    ///
+    /// # Errors
+    /// The reactor fails.
+    pub(crate) fn after_ahead(&mut self) -> io::Result<()> {
+        let Some(mut preparing) = self.preparing.take() else { return Ok(()) };
+        let private = Resident::now().private(self.machine.ram());
+        let (work, patience) = match preparing.ahead.look() {
+            Ahead::Working => {
+                self.preparing = Some(preparing);
+                return Ok(());
+            }
+            // Finishing says why it ended.
+            Ahead::Ended => (Work::ArmRest { noted: 0, private }, None),
+            Ahead::Ready { noted } => {
+                let work = Work::ArmRest { noted: noted as u64, private };
+                let expected = self.costs.expect(work);
+                match preparing.limit.check(&expected, "the guest writes too fast; allow more") {
+                    Ok(patience) => (work, patience),
+                    Err(_) if preparing.in_vain < TRIES => {
+                        preparing.in_vain += 1;
+                        let enough = self.costs.room(preparing.limit, private, ENOUGH);
+                        preparing.ahead.again(enough);
+                        self.preparing = Some(preparing);
+                        return Ok(());
+                    }
+                    Err(refusal) => {
+                        self.control.reactor.remove(preparing.ahead.told_fd())?;
+                        let request = preparing.request;
+                        preparing.give_up(&refusal.message);
+                        return self.control.answer_fault(request, refusal.status, refusal.message);
+                    }
+                }
             }
         };
-        let armed = prepared.arm(machine, &self.engine, &quiesced, record.generation, &mut clock);
+        self.control.reactor.remove(preparing.ahead.told_fd())?;
+        let Preparing { prepared, ahead, request, wait, requested_ns, limit, .. } = preparing;
+        let taken = self.take_live(prepared, Some(ahead), work, (limit, patience));
+        let outcome = match taken {
+            Ok((armed, pause)) => {
+                self.go_live(armed, pause, request, wait.then_some(request), requested_ns)?
+            }
+            Err(refusal) => Err(refusal),
+        };
+        match outcome {
+            Ok(()) => Ok(()),
+            Err(Refusal { status, message }) => self.control.answer_fault(request, status, message),
+        }
+    }
+
+    /// The pause of a live snapshot. The VM goes on after it in any case.
+    fn take_live(
+        &mut self,
+        prepared: Prepared,
+        ahead: Option<PreArm>,
+        work: Work,
+        (limit, patience): (Limit, Option<Duration>),
+    ) -> Result<(Armed, SourcePause), Refusal> {
+        let (machine, generation) = (&self.machine, self.record.generation);
+        let mut clock = PauseClock::start();
+        let stands = self.pause_and(&mut clock, patience, "saved", |saved, clock| {
+            let state = snapshot::encode(machine, saved, generation).map_err(|e| e.to_string())?;
+            clock.saved();
+            // From here on to the fork nobody serves a write to RAM, and there is none.
+            let protected = ahead.map(PreArm::finish).transpose().map_err(|e| e.to_string())?;
+            if protected.is_some() {
+                clock.armed();
+            }
+            Ok((state, protected))
+        });
+        let (quiesced, (state, protected)) = match stands {
+            Ok(stands) => stands,
+            Err(refusal) => {
+                prepared.fail(&refusal.message);
+                return Err(refusal);
+            }
+        };
+        let work = match (&protected, work) {
+            (Some(protected), Work::ArmRest { private, .. }) => {
+                Work::ArmRest { noted: protected.report.left, private }
+            }
+            (_, work) => work,
+        };
+        let armed = prepared.arm(machine, &self.engine, &quiesced, state, protected, &mut clock);
         drop(quiesced);
         self.go_on();
-        let pause = clock.stop();
-        let waiting = request.wait.then_some(id);
-        let armed = armed.map_err(live::Unarmed::clear);
-        let capturing = match armed.and_then(|armed| armed.go(waiting, requested_ns, pause)) {
+        let pause = clock.stop(limit);
+        let armed = armed.map_err(|unarmed| Refusal::new(500, unarmed.clear()))?;
+        self.costs.learn(work, &pause);
+        Ok((armed, pause))
+    }
+
+    /// The VM runs again: the writer copies RAM from here on.
+    fn go_live(
+        &mut self,
+        armed: Armed,
+        pause: SourcePause,
+        id: RequestId,
+        waiting: Option<RequestId>,
+        requested_ns: u64,
+    ) -> io::Result<Result<(), Refusal>> {
+        let capturing = match armed.go(waiting, requested_ns, pause) {
             Ok(capturing) => capturing,
             Err(why) => return Ok(Err(Refusal::new(500, why))),
         };
@@ -170,12 +331,21 @@ impl Running {
             capturing.give_up(&why);
             return Ok(Err(Refusal::new(500, why)));
         }
-        if !request.wait {
-            let receipt = SnapshotReceipt { source: pause, ..SnapshotReceipt::default() };
-            self.control.answer(id, 200, &receipt)?;
+        if waiting.is_none() {
+            self.control.answer(id, 200, &capturing.receipt_so_far())?;
         }
         self.capture = Some(capturing);
         Ok(Ok(()))
+    }
+
+    /// Bytes of RAM that mode `full` reads: those in use where that can be told, as [`snapshot::fill`] has it.
+    fn bytes_to_copy(&self) -> u64 {
+        let ram = self.machine.ram();
+        let all = u64::from(ram.mem_mib()) << 20;
+        match ram.kind() {
+            MemoryBackend::Anonymous => all.min(Resident::now().anonymous * PAGE_SIZE),
+            _ => all,
+        }
     }
 
     /// The writer of a live snapshot has ended.

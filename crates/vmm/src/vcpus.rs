@@ -24,7 +24,7 @@ use forkd_vm::{Exit, ExitBus, KickHandle, Vcpu, VcpuError, VcpuState};
 
 /// How long a vCPU has to leave KVM_RUN. It takes microseconds; emulation of guest kernel code looks for
 /// signals after each batch. Past this the host is in trouble.
-const PARK_TIMEOUT: Duration = Duration::from_secs(10);
+pub const PARK_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// After this it is kicked once more: the kernel refuses a signal (EAGAIN) to a user who has too many of them waiting.
 const KICK_AGAIN: Duration = Duration::from_millis(50);
@@ -50,8 +50,8 @@ pub enum VcpusError {
     #[error("cannot start the thread of vCPU {0}: {1}")]
     Spawn(u8, std::io::Error),
     /// It did not leave KVM_RUN.
-    #[error("vCPU {0} did not park within {PARK_TIMEOUT:?}")]
-    Stuck(u8),
+    #[error("vCPU {0} did not park within {1:?}")]
+    Stuck(u8, Duration),
     /// Its state could not be read.
     #[error("vCPU {0}: {1}")]
     Save(u8, VcpuError),
@@ -188,18 +188,18 @@ impl VcpuSet {
         }
     }
 
-    /// Waits until all vCPUs are parked.
+    /// Waits until all vCPUs are parked, at most so long.
     ///
     /// # Errors
     /// One does not park in time.
-    pub fn wait_parked(&self) -> Result<(), VcpusError> {
-        let deadline = Instant::now() + PARK_TIMEOUT;
+    pub fn wait_parked(&self, limit: Duration) -> Result<(), VcpusError> {
+        let deadline = Instant::now() + limit;
         for slot in &self.slots {
             let mut control = slot.control();
             while control.state == State::Running {
                 let left = deadline.saturating_duration_since(Instant::now());
                 if left.is_zero() {
-                    return Err(VcpusError::Stuck(slot.index));
+                    return Err(VcpusError::Stuck(slot.index, limit));
                 }
                 let (after, waited) = slot
                     .changed
@@ -265,7 +265,7 @@ impl VcpuSet {
         for slot in &self.slots {
             slot.set_want(Want::Exit);
         }
-        self.wait_parked()?;
+        self.wait_parked(PARK_TIMEOUT)?;
         for thread in self.threads.drain(..) {
             // A panic was reported by the panic hook when it happened.
             let _ = thread.join();

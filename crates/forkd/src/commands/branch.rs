@@ -1,7 +1,7 @@
 //! `forkd branch`.
 
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
@@ -23,7 +23,8 @@ use crate::{cleanup, output, persist, registry};
   forkd branch vm-7k2m9x4qpa
   forkd branch web -n 3 --name try --json
   forkd branch web --snapshot before-upgrade && forkd fork before-upgrade
-  forkd branch web --snapshot hourly --mode live --no-wait")]
+  forkd branch web --snapshot hourly --mode live --no-wait
+  forkd branch web --snapshot hourly --mode live --max-pause 3ms")]
 pub struct Args {
     /// Id, unique start of an id, or name
     #[arg(value_name = "VM")]
@@ -37,8 +38,34 @@ pub struct Args {
     /// `full` keeps the VM paused while all of its memory is copied
     #[arg(long, value_name = "MODE", default_value = "fork", requires = "snapshot")]
     mode: BranchMode,
+    /// How long the VM may stand still, as 800us, 2ms or 1.5s. If it would be longer by what is known of this VM, it is
+    /// not paused at all, and the command fails with the estimate; mode `live` first does more ahead of the pause.
+    /// A pause that turns out longer all the same (a busy host) is told on standard error, and is no failure
+    #[arg(long, value_name = "TIME", value_parser = time)]
+    max_pause: Option<Duration>,
     #[command(flatten)]
     fork: ForkArgs,
+}
+
+/// A time with its unit.
+fn time(text: &str) -> Result<Duration, String> {
+    let wrong = || format!("{text:?} is no time: give a number and us, ms or s, as in 2ms");
+    let at = text.find(|c: char| c.is_ascii_alphabetic()).ok_or_else(wrong)?;
+    let (number, unit) = text.split_at(at);
+    let seconds = match unit {
+        "us" => 1e-6,
+        "ms" => 1e-3,
+        "s" => 1.0,
+        _ => return Err(wrong()),
+    };
+    let number: f64 = number.trim().parse().map_err(|_| wrong())?;
+    // A pause is counted in microseconds, and a VM that stands still for an hour has no limit.
+    let time = Duration::try_from_secs_f64(number * seconds).map_err(|_| wrong())?;
+    if (Duration::from_micros(1)..=Duration::from_secs(3600)).contains(&time) {
+        Ok(time)
+    } else {
+        Err(format!("{text:?} is out of range: 1us to 3600s"))
+    }
 }
 
 /// How a snapshot of a running VM is taken.
@@ -62,13 +89,29 @@ impl Args {
     pub fn run(self, paths: &Paths) -> Result<ExitCode> {
         let request = self.fork.request()?;
         cleanup::watch_signals().context("cannot watch signals")?;
-        let source = registry::vm(paths, &self.vm)?;
+        let Live { record, client } = registry::vm(paths, &self.vm)?;
+        let source = Live { record, client: client.within(self.max_pause) };
         if let Some(tag) = &self.snapshot {
             let wait = self.fork.waits();
             let kept = keep(paths, &source, tag, self.mode, wait)?;
             return kept.print(self.fork.output());
         }
-        fork(paths, &source, &request)?.print(self.fork.output())
+        let forked = fork(paths, &source, &request)?;
+        if let Some(pause) = &forked.pause {
+            warn_if_exceeded(pause);
+        }
+        forked.print(self.fork.output())
+    }
+}
+
+/// Tells that a pause was longer than it should have been. What was asked for is there, so it is no failure.
+fn warn_if_exceeded(pause: &SourcePause) {
+    if let Some(limit) = pause.max_pause_us.filter(|_| pause.exceeded) {
+        let us = |n: u64| output::duration(Duration::from_micros(n));
+        let (was, limit) = (us(pause.pause_us), us(limit));
+        output::note(&format!(
+            "forkd: the VM was paused for {was}, longer than --max-pause {limit}"
+        ));
     }
 }
 
@@ -77,42 +120,40 @@ impl Args {
 struct Kept {
     tag: String,
     status: &'static str,
-    /// What it cost the source, where that is measured.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    receipt: Option<SnapshotReceipt>,
-    /// The same of mode `diff`.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    source: Option<SourcePause>,
+    /// What it cost the source. What a mode does not have is 0.
+    receipt: SnapshotReceipt,
 }
 
 fn keep(paths: &Paths, source: &Live, tag: &str, mode: BranchMode, wait: bool) -> Result<Kept> {
     persist::require_free_tag(paths, tag)?;
     let store = persist::store_dir(paths)?;
-    let tag = tag.to_string();
-    match mode {
-        BranchMode::Full | BranchMode::Live => {
-            let mode =
-                if mode == BranchMode::Full { SnapshotMode::Full } else { SnapshotMode::Live };
-            let receipt = source.client.snapshot(&store, &tag, mode, wait);
-            let receipt = receipt.with_context(|| format!("no snapshot {tag} was taken"))?;
-            let durable = wait || mode == SnapshotMode::Full;
-            let status = if durable { "durable" } else { "writing" };
-            Ok(Kept { tag, status, receipt: Some(receipt), source: None })
+    let begun = Instant::now();
+    let of_fork = |source: SourcePause| {
+        let ready_us = if wait { begun.elapsed().as_micros() as u64 } else { 0 };
+        SnapshotReceipt { source, ready_us, ..SnapshotReceipt::default() }
+    };
+    let client = &source.client;
+    let not_taken = || format!("no snapshot {tag} was taken");
+    let receipt = match mode {
+        BranchMode::Full => {
+            client.snapshot(&store, tag, SnapshotMode::Full, wait).with_context(not_taken)?
+        }
+        BranchMode::Live => {
+            client.snapshot(&store, tag, SnapshotMode::Live, wait).with_context(not_taken)?
         }
         BranchMode::Diff => {
-            let source = source.client.diff(&store, &tag, wait);
-            let source = source.with_context(|| format!("no snapshot {tag} was taken"))?;
-            let status = if wait { "durable" } else { "writing" };
-            Ok(Kept { tag, status, receipt: None, source })
+            of_fork(client.diff(&store, tag, wait).with_context(not_taken)?.unwrap_or_default())
         }
         BranchMode::Fork => {
-            source.client.zygote(&tag, &paths.snapshot(&tag), false)?;
-            let live = registry::snapshot(paths, &tag)?;
+            let answer = client.zygote(tag, &paths.snapshot(tag), false)?;
+            let live = registry::snapshot(paths, tag)?;
             persist::save(paths, &live, wait)?;
-            let status = if wait { "durable" } else { "writing" };
-            Ok(Kept { tag, status, receipt: None, source: None })
+            of_fork(answer.source.unwrap_or_default())
         }
-    }
+    };
+    let durable = wait || mode == BranchMode::Full;
+    let status = if durable { "durable" } else { "writing" };
+    Ok(Kept { tag: tag.to_string(), status, receipt })
 }
 
 impl Kept {
@@ -121,13 +162,9 @@ impl Kept {
             output::json(self)?;
         } else {
             output::line(&format!("snapshot {} is {}", self.tag, self.status))?;
-            if let Some(receipt) = &self.receipt {
-                output::line(&told(receipt))?;
-            }
-            if let Some(pause) = &self.source {
-                output::line(&format!("the VM stood still for {} us", pause.pause_us))?;
-            }
+            output::line(&told(&self.receipt))?;
         }
+        warn_if_exceeded(&self.receipt.source);
         Ok(ExitCode::SUCCESS)
     }
 }
@@ -137,15 +174,14 @@ fn told(receipt: &SnapshotReceipt) -> String {
     let us = |n: u64| output::duration(Duration::from_micros(n));
     let pause = &receipt.source;
     let mut text = format!("VM paused {} (quiesce {}", us(pause.pause_us), us(pause.quiesce_us));
+    text += &format!(", save {}", us(pause.save_us));
     if pause.arm_us > 0 {
-        text += &format!(
-            ", save {}, fork {}, arm {})",
-            us(pause.save_us),
-            us(pause.fork_us),
-            us(pause.arm_us)
-        );
-    } else {
-        text += &format!(", save and copy {})", us(pause.save_us + pause.fork_us));
+        text += &format!(", arm {}", us(pause.arm_us));
+    }
+    text += &format!(", fork or copy {})", us(pause.fork_us));
+    if receipt.prearm_us > 0 {
+        let (ahead, again) = (us(receipt.prearm_us), receipt.pages_rearmed);
+        text += &format!(", memory protected ahead in {ahead} and {again} pages of it again");
     }
     if receipt.bytes > 0 {
         text += &format!(
@@ -159,4 +195,23 @@ fn told(receipt: &SnapshotReceipt) -> String {
         text += &format!(", durable after {}", us(receipt.ready_us));
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_have_units() {
+        for (text, us) in [("2ms", 2000), ("800us", 800), ("1.5s", 1_500_000), ("0.25ms", 250)] {
+            assert_eq!(time(text), Ok(Duration::from_micros(us)), "{text}");
+        }
+        for bad in
+            ["", "2", "ms", "2m", "-2ms", "2 parsecs", "1e400s", "NaNs", "0ms", "0.1us", "2h"]
+        {
+            let error = time(bad).expect_err(bad);
+            assert!(error.contains(&format!("{bad:?}")), "{error}");
+        }
+        assert!(time("3601s").expect_err("too long").contains("out of range"));
+    }
 }

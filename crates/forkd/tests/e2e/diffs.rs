@@ -91,11 +91,10 @@ fn a_chain_of_eight_is_the_flat_one(suite: &Suite) -> Result<()> {
         ensure!(bytes <= LARGEST_MIB << 20, "{tag} takes {bytes} bytes");
         let vm = suite.fork_of(tag, 1)?.remove(0);
         let number = tag.trim_start_matches("link").parse::<usize>()?;
-        for column in 1..=DEPTH {
-            let byte = if column <= number { column * 10 } else { 1 };
-            let right = vm.value(&format!("bool((room[:, {column}] == {byte}).all())"))?;
-            ensure!(right == "True", "{tag} has other bytes in column {column}");
-        }
+        let bytes = (1..=DEPTH).map(|column| if column <= number { column * 10 } else { 1 });
+        let bytes: Vec<usize> = bytes.collect();
+        let right = vm.value(&format!("bool((room[:, 1:{}] == {bytes:?}).all())", DEPTH + 1))?;
+        ensure!(right == "True", "{tag} has other bytes");
         let stood: u64 = vm.guest(&["ring", "head", "/tmp/ring"])?.parse()?;
         ensure!(stood >= *head, "{tag} stands at {stood}, its source had been at {head}");
         vm.guest(&["ring", "verify", "/tmp/ring", "/dev/vda"]).with_context(|| tag.clone())?;

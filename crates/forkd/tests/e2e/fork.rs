@@ -146,8 +146,10 @@ fn one_failed_child_does_not_fail_the_rest(suite: &Suite) -> Result<()> {
     let taken = spec("vm-taken00000");
     std::fs::create_dir_all(&taken.dir)?;
     std::fs::write(taken.dir.join("mine"), "not forkd's")?;
-    let request =
-        ForkRequest { children: vec![spec("vm-first00000"), taken.clone(), spec("vm-third00000")] };
+    let request = ForkRequest {
+        children: vec![spec("vm-first00000"), taken.clone(), spec("vm-third00000")],
+        max_pause_us: None,
+    };
     let socket = suite.snapshots_dir().join(crate::fixture::WARM).join("api.sock");
     let answer: ForkResponse = Client::connect(&socket)?.post_json("/fork", &request)?;
     ensure!(answer.children.len() == 3, "one result each");

@@ -36,6 +36,7 @@ fn snapshot_of(suite: &Suite, vm: &Vm<'_>, tag: &str) -> Result<u32> {
         tag: tag.to_string(),
         dir: suite.snapshots_dir().join(tag),
         rehearse: true,
+        max_pause_us: None,
     };
     let result: ChildResult = vm.api()?.post_json("/zygote", &request)?;
     ensure!(result.error.is_none(), "{result:?}");

@@ -31,7 +31,7 @@ struct Kept {
 }
 
 /// Directory of the durable snapshots.
-fn store(suite: &Suite) -> PathBuf {
+pub fn store(suite: &Suite) -> PathBuf {
     suite.home().join("snapshots")
 }
 
@@ -49,7 +49,7 @@ fn save(suite: &Suite, tag: &'static str) -> Result<&'static str> {
 }
 
 /// A child of the warm snapshot whose RAM is a shared memfd.
-fn shared_child(suite: &Suite) -> Result<Vm<'_>> {
+pub fn shared_child(suite: &Suite) -> Result<Vm<'_>> {
     shared_child_of(suite, durable(suite)?)
 }
 
@@ -64,7 +64,7 @@ fn take(suite: &Suite, vm: &Vm<'_>, tag: &str) -> Result<Kept> {
 }
 
 /// Unloads a snapshot, and takes it from the disk.
-fn forget(suite: &Suite, tag: &str) -> Result<()> {
+pub fn forget(suite: &Suite, tag: &str) -> Result<()> {
     suite.forkd(["snapshot", "rm", tag]).ok().map(drop)
 }
 

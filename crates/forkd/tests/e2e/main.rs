@@ -32,6 +32,7 @@ mod leftovers;
 mod lifecycle;
 mod live;
 mod matrix;
+mod max_pause;
 mod memory;
 mod runner;
 mod simd;
@@ -57,6 +58,7 @@ fn tests() -> Vec<runner::Test> {
         branch::TESTS,
         live::TESTS,
         forced_failures::TESTS,
+        max_pause::TESTS,
         simd::TESTS,
         memory::TESTS,
         io_under_load::TESTS,

@@ -14,7 +14,7 @@ use rustix::process::Signal;
 use super::guest::SharedRam;
 use super::report::{LEN, Outcome, Report};
 use super::writer::{Writer, run};
-use super::{CaptureError, PageSink};
+use super::{CaptureError, PageSink, Protected};
 
 /// What to capture, and how.
 #[derive(Debug, Clone, Copy)]
@@ -54,7 +54,7 @@ impl<'a> LiveConfig<'a> {
         }
     }
 
-    fn check(&self) -> Result<(), CaptureError> {
+    pub(super) fn check(&self) -> Result<(), CaptureError> {
         let wrong = |text: String| Err(CaptureError::Config(text));
         let page = self.page_size;
         if !page.is_power_of_two() || page < forkd_sys::mmap::page_size() as u64 {
@@ -121,7 +121,7 @@ pub struct LiveCapture {
     said: Vec<u8>,
 }
 
-fn failed<E: Into<io::Error>>(action: &'static str) -> impl Fn(E) -> CaptureError {
+pub(super) fn failed<E: Into<io::Error>>(action: &'static str) -> impl Fn(E) -> CaptureError {
     move |source| CaptureError::Source { action, source: source.into() }
 }
 
@@ -147,50 +147,38 @@ impl LiveCapture {
         config.check()?;
         let uffd = Userfaultfd::new(Features::WP_HUGETLBFS_SHMEM, Features::NONE)
             .map_err(failed("make a userfaultfd"))?;
-        let memfd = config.memfd.try_clone_to_owned().map_err(failed("copy RAM's memfd"))?;
-        let (report, report_end) = pipe()?;
-        let (commands_end, commands) = pipe()?;
-        set_nonblocking(&report, true).map_err(failed("set up a pipe"))?;
-        // SAFETY: the caller vouches for the other threads. The child goes to `write`, which never
-        // returns.
-        let writer = match unsafe { fork() }.map_err(failed("fork a writer"))? {
-            Fork::Parent(writer) => writer,
-            Fork::Child => {
-                in_child();
-                // The source has the other ends; the writer must not keep them open.
-                drop((report, commands));
-                let ram = SharedRam {
-                    uffd,
-                    memfd,
-                    file_offset: config.file_offset,
-                    address: config.address,
-                    len: config.len,
-                    page_size: config.page_size,
-                };
-                let (pool_bytes, max_stall) = (config.pool_bytes, config.max_stall);
-                write(
-                    Writer { ram, sink, commands: commands_end, pool_bytes, max_stall },
-                    report_end,
-                )
-            }
-        };
-        drop(sink);
-        let writer = Reaped(Some(writer));
-        let pidfd = writer.pidfd().map_err(failed("watch the writer"))?;
+        // SAFETY: as for this function.
+        let (uffd, forked) = unsafe { Forked::new(config, uffd, sink, in_child) }?;
         let ram = config.address..config.address + config.len;
-        uffd.register(ram.clone(), Mode::WRITE_PROTECT).map_err(|error| match error.kind() {
-            io::ErrorKind::InvalidInput => {
-                CaptureError::Config("RAM is not one mapping of a shared memfd".to_owned())
-            }
-            io::ErrorKind::ResourceBusy => {
-                CaptureError::Config("another userfaultfd watches RAM".to_owned())
-            }
-            _ => failed("register RAM")(error),
-        })?;
-        let (stage, said) = (Stage::Prepared(uffd), Vec::with_capacity(LEN));
-        let writer = writer.keep().ok_or_else(|| CaptureError::Config("no writer".to_owned()))?;
-        let owner = forkd_sys::fork::pid();
-        Ok(Self { stage, ram, writer, owner, pidfd, report, commands: Some(commands), said })
+        register(&uffd, ram.clone())?;
+        forked.watched(Stage::Prepared(uffd), ram)
+    }
+
+    /// Forks the writer of RAM that was protected ahead, by a [`super::PreArm`] of the same RAM: armed
+    /// from the start. Call it in the pause; `in_child` as for [`Self::prepare`].
+    ///
+    /// # Safety
+    /// As for [`Self::prepare`].
+    ///
+    /// # Errors
+    /// [`CaptureError::Source`] if a call fails; the protection is gone then. [`CaptureError::Config`] if
+    /// it is other RAM that was protected.
+    pub unsafe fn adopt<S: PageSink>(
+        config: &LiveConfig<'_>,
+        protected: Protected,
+        sink: S,
+        in_child: impl FnOnce(),
+    ) -> Result<Self, CaptureError> {
+        let Protected { uffd, ram, .. } = protected;
+        if ram != (config.address..config.address + config.len) {
+            return Err(CaptureError::Config("it is other memory that was protected".to_owned()));
+        }
+        // SAFETY: as for this function.
+        let (uffd, forked) = unsafe { Forked::new(config, uffd, sink, in_child) }?;
+        let capture = forked.watched(Stage::Armed, ram);
+        // Kept until here: without a writer it is the last one, and the protection goes with it.
+        drop(uffd);
+        capture
     }
 
     /// Write-protects all of RAM: the image is of this moment. Call it with the guest paused and no
@@ -350,6 +338,83 @@ impl Drop for LiveCapture {
             // minds a zombie polls after `kill`, and drops then.
             let _reaped = self.writer.try_wait();
         }
+    }
+}
+
+/// Has write-protect faults of RAM reported.
+///
+/// # Errors
+/// [`CaptureError::Config`] for RAM that cannot be watched so, or is watched by another.
+pub(super) fn register(uffd: &Userfaultfd, ram: std::ops::Range<u64>) -> Result<(), CaptureError> {
+    uffd.register(ram, Mode::WRITE_PROTECT).map_err(|error| match error.kind() {
+        io::ErrorKind::InvalidInput => {
+            CaptureError::Config("RAM is not one mapping of a shared memfd".to_owned())
+        }
+        io::ErrorKind::ResourceBusy => {
+            CaptureError::Config("another userfaultfd watches RAM".to_owned())
+        }
+        _ => failed("register RAM")(error),
+    })
+}
+
+/// A writer that was forked, in the source.
+struct Forked {
+    writer: Reaped,
+    pidfd: PidFd,
+    report: OwnedFd,
+    commands: OwnedFd,
+}
+
+impl Forked {
+    /// Forks the writer, which gets a copy of the userfaultfd.
+    ///
+    /// # Safety
+    /// As for [`LiveCapture::prepare`].
+    unsafe fn new<S: PageSink>(
+        config: &LiveConfig<'_>,
+        uffd: Userfaultfd,
+        sink: S,
+        in_child: impl FnOnce(),
+    ) -> Result<(Userfaultfd, Self), CaptureError> {
+        let memfd = config.memfd.try_clone_to_owned().map_err(failed("copy RAM's memfd"))?;
+        let (report, report_end) = pipe()?;
+        let (commands_end, commands) = pipe()?;
+        set_nonblocking(&report, true).map_err(failed("set up a pipe"))?;
+        // SAFETY: the caller vouches for the other threads. The child goes to `write`, which never
+        // returns.
+        let writer = match unsafe { fork() }.map_err(failed("fork a writer"))? {
+            Fork::Parent(writer) => writer,
+            Fork::Child => {
+                in_child();
+                // The source has the other ends; the writer must not keep them open.
+                drop((report, commands));
+                let ram = SharedRam {
+                    uffd,
+                    memfd,
+                    file_offset: config.file_offset,
+                    address: config.address,
+                    len: config.len,
+                    page_size: config.page_size,
+                };
+                let (pool_bytes, max_stall) = (config.pool_bytes, config.max_stall);
+                write(
+                    Writer { ram, sink, commands: commands_end, pool_bytes, max_stall },
+                    report_end,
+                )
+            }
+        };
+        drop(sink);
+        let writer = Reaped(Some(writer));
+        let pidfd = writer.pidfd().map_err(failed("watch the writer"))?;
+        Ok((uffd, Self { writer, pidfd, report, commands }))
+    }
+
+    fn watched(self, stage: Stage, ram: std::ops::Range<u64>) -> Result<LiveCapture, CaptureError> {
+        let Self { writer, pidfd, report, commands } = self;
+        let writer = writer.keep().ok_or_else(|| CaptureError::Config("no writer".to_owned()))?;
+        let (owner, said) = (forkd_sys::fork::pid(), Vec::with_capacity(LEN));
+        let commands = Some(commands);
+        Ok(LiveCapture { stage, ram, writer, owner, pidfd, report, commands, said })
     }
 }
 

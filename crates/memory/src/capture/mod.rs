@@ -14,10 +14,26 @@
 //!   poll         the writer's report, or its death                     guest runs
 //! ```
 //!
+//! For a large guest even that is long. So RAM can be protected *ahead*, by a thread, while the guest
+//! runs; then the pause holds the protection of what was written since (prearm.rs):
+//!
+//! ```text
+//!   PreArm::start    register RAM; a thread protects it, serves faults     guest runs
+//!   PreArm::finish   join the thread, protect what it has noted           guest is paused
+//!   adopt            fork the writer                                      guest is paused
+//!   go, poll         as above
+//! ```
+//!
+//! Either way, when the guest goes on every page is protected: one that is in memory by its entry in the
+//! page table, one that is not (a hole of the memfd, or reclaimed) by a marker in its place
+//! ([`forkd_sys::userfaultfd::Features::WP_HUGETLBFS_SHMEM`]). Letting a page go takes the marker away,
+//! and protecting it again puts it, or the entry that has come instead, back.
+//!
 //! # Why a process of its own
 //!
 //! The VM process has one event-loop thread, which alone forks, and vCPU threads: a thread more would
-//! be one more holder of locks at each fork. That event loop writes RAM itself (virtqueues), so it can
+//! be one more holder of locks at each fork. (The one that protects RAM ahead is joined before the next
+//! fork.) That event loop writes RAM itself (virtqueues), so it can
 //! be the one who waits for a page: whoever serves faults must not be it. And RAM in a memfd is
 //! readable by file descriptor, in another process as well as here. So [`LiveCapture::prepare`] forks
 //! a writer before the pause (and before RAM is registered, as then fork(2) would copy its page
@@ -65,7 +81,9 @@ mod copier;
 mod guest;
 mod live;
 mod maps;
+mod notes;
 mod pages;
+mod prearm;
 mod priority;
 mod report;
 mod writer;
@@ -79,6 +97,7 @@ use std::io;
 use std::os::fd::RawFd;
 
 pub use live::{LiveCapture, LiveConfig, Progress};
+pub use prearm::{Ahead, PreArm, PreReport, Protected};
 pub use report::Report;
 
 /// Where captured pages go. Used from two threads of the writer process at once.

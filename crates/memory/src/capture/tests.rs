@@ -43,8 +43,35 @@ impl Ram {
         unsafe { LiveCapture::prepare(&self.config(), sink, || {}) }.expect("prepare")
     }
 
+    /// Protects it ahead, as far as the guest lets.
+    fn prearm(&self, enough: usize) -> PreArm {
+        let ahead = PreArm::start(&self.config(), enough).expect("start");
+        ready(&ahead);
+        ahead
+    }
+
+    fn adopt(&self, protected: Protected, sink: impl PageSink) -> LiveCapture {
+        // SAFETY: as in `Self::prepare`.
+        unsafe { LiveCapture::adopt(&self.config(), protected, sink, || {}) }.expect("adopt")
+    }
+
     fn fill(&self, page: usize, seq: u64) {
         self.mapping.write_at(page * PAGE, &content(page, seq)).expect("write");
+    }
+}
+
+/// Waits until it is; how many pages are noted.
+fn ready(ahead: &PreArm) -> usize {
+    loop {
+        match ahead.look() {
+            Ahead::Ready { noted } => return noted,
+            Ahead::Working => {
+                let limit = Some(Duration::from_secs(10));
+                let told = forkd_sys::reactor::wait_readable(ahead.told_fd(), limit).expect("poll");
+                assert!(told, "it tells in time");
+            }
+            Ahead::Ended => panic!("it ended: {:?}", ahead),
+        }
     }
 }
 
@@ -143,7 +170,7 @@ fn thirty_images_each_of_one_instant() {
     // What each page holds, kept outside of it. Pages are touched for the first time at any moment.
     let seqs: Vec<AtomicU64> = (0..PAGES).map(|_| AtomicU64::new(0)).collect();
     let (gate, stop) = (RwLock::new(()), AtomicBool::new(false));
-    let mut caught = 0;
+    let (mut caught, mut left, mut served) = (0, 0, 0);
     thread::scope(|scope| {
         for index in 0..THREADS {
             let (ram, seqs, gate, stop) = (&ram, &seqs, &gate, &stop);
@@ -166,11 +193,28 @@ fn thirty_images_each_of_one_instant() {
         }
         for round in 0..30 {
             let (sink, file) = FileSink::new(PAGES);
-            let mut capture = ram.prepare(sink);
-            let expected: Vec<u64> = {
+            let mut sink = Some(sink);
+            // In turn: armed in the pause, and before it.
+            let ahead = (round % 2 == 1).then(|| ram.prearm(64));
+            let prepared = ahead.is_none().then(|| ram.prepare(sink.take().expect("a sink")));
+            let (mut capture, expected) = {
+                // Those that wait for a page are served until they are here.
                 let _paused = gate.write().expect("gate");
-                capture.arm().expect("arm");
-                seqs.iter().map(|seq| seq.load(Ordering::Relaxed)).collect()
+                let capture = match (ahead, prepared) {
+                    (Some(ahead), _) => {
+                        let protected = ahead.finish().expect("finish");
+                        left += protected.report.left;
+                        served += protected.report.faults;
+                        ram.adopt(protected, sink.take().expect("a sink"))
+                    }
+                    (None, Some(mut capture)) => {
+                        capture.arm().expect("arm");
+                        capture
+                    }
+                    (None, None) => panic!("one of them"),
+                };
+                let seqs = seqs.iter().map(|seq| seq.load(Ordering::Relaxed));
+                (capture, seqs.collect::<Vec<u64>>())
             };
             capture.go().expect("go");
             let report = capture.wait().expect("an image");
@@ -189,6 +233,8 @@ fn thirty_images_each_of_one_instant() {
         stop.store(true, Ordering::Relaxed);
     });
     assert!(caught > 0, "the guest never met the handler");
+    assert!(served > 0 && left > 0, "the guest never wrote while RAM was protected ahead");
+    assert!(left < 15 * PAGES as u64 / 4, "{left} pages were left to the pauses");
 }
 
 #[test]
@@ -217,6 +263,112 @@ fn a_page_never_touched_before_the_arm_is_captured_as_zero() {
     let mut word = [0; 8];
     ram.mapping.read_at(699 * PAGE, &mut word).expect("read");
     assert_eq!(word, content(699, 2)[..8]);
+}
+
+#[test]
+fn what_is_written_while_ram_is_protected_ahead_is_captured_as_in_the_pause() {
+    let ram = Ram::new(2000);
+    for page in [0, 5, 300, 1999] {
+        ram.fill(page, 1);
+    }
+    let ahead = ram.prearm(0);
+    // One that was there, holes, neighbours, and one twice.
+    for page in [5, 700, 701, 1998, 5] {
+        ram.fill(page, 2);
+    }
+    assert_eq!(ready(&ahead), 4);
+    ahead.again(0);
+    assert_eq!(ready(&ahead), 0, "nobody writes");
+    for page in [0, 900] {
+        ram.fill(page, 3);
+    }
+    let protected = ahead.finish().expect("finish");
+    let report = protected.report;
+    assert_eq!((report.faults, report.left, report.rounds), (6, 2, 1), "{report:?}");
+    assert!(report.longest_stall > Duration::ZERO && report.protecting > Duration::ZERO);
+    let (sink, file) = FileSink::new(2000);
+    let mut capture = ram.adopt(protected, sink);
+    let error = capture.arm().expect_err("it is armed");
+    assert!(matches!(error, CaptureError::Order { .. }), "{error}");
+    // Protected all over: these come by the handler, before go.
+    for page in [0, 1, 5, 700, 900, 901, 1999] {
+        ram.fill(page, 4);
+    }
+    capture.go().expect("go");
+    let report = capture.wait().expect("an image");
+    assert_eq!(report.pages_by_handler, 7, "{report:?}");
+    for (page, bytes) in image(&file, 2000).chunks_exact(PAGE).enumerate() {
+        let seq = match page {
+            0 | 900 => 3,
+            5 | 700 | 701 | 1998 => 2,
+            300 | 1999 => 1,
+            _ => 0,
+        };
+        assert!(bytes == content(page, seq), "page {page}");
+    }
+}
+
+#[test]
+fn given_up_ahead_of_the_pause_it_leaves_ram_free() {
+    let ram = Ram::new(5000);
+    let free = || (0..5000).for_each(|page| ram.fill(page, 7));
+    // While it works, most likely, when it is ready, and between the pause and the fork.
+    drop(PreArm::start(&ram.config(), 0).expect("start"));
+    free();
+    drop(ram.prearm(0));
+    free();
+    drop(ram.prearm(0).finish().expect("finish"));
+    free();
+    // While somebody writes all the time.
+    let stop = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                free();
+            }
+        });
+        for _ in 0..20 {
+            drop(PreArm::start(&ram.config(), 0).expect("start"));
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    // Another watches RAM: refused, and that one is not disturbed.
+    let first = ram.prearm(0);
+    let error = PreArm::start(&ram.config(), 0).expect_err("taken");
+    assert!(error.to_string().contains("another userfaultfd"), "{error}");
+    drop(first.finish().expect("finish"));
+    free();
+}
+
+#[test]
+fn a_fork_while_ram_is_protected_copies_no_page_tables() {
+    const PAGES: usize = 64 << 8;
+    let ram = Ram::new(PAGES);
+    (0..PAGES).for_each(|page| ram.fill(page, 1));
+    let ahead = ram.prearm(0);
+    let tables = || -> u64 {
+        let status = std::fs::read_to_string("/proc/self/status").expect("status");
+        let line = status.lines().find_map(|line| line.strip_prefix("VmPTE:")).expect("VmPTE");
+        line.trim().trim_end_matches(" kB").parse().expect("a number")
+    };
+    let here = tables();
+    let (read, write) = super::live::pipe().expect("pipe");
+    // SAFETY: the child allocates, makes system calls, and ends by _exit.
+    let mut child = match unsafe { fork() }.expect("fork") {
+        Fork::Parent(child) => child,
+        Fork::Child => {
+            let told = File::from(write).write_all(&tables().to_ne_bytes()).is_ok();
+            exit_now(i32::from(!told));
+        }
+    };
+    drop(write);
+    let mut there = [0; 8];
+    File::from(read).read_exact(&mut there).expect("the child's tables");
+    assert_eq!(child.wait().expect("wait").code(), Some(0));
+    let there = u64::from_ne_bytes(there);
+    // 64 MiB need 32 tables of 4 KiB.
+    assert!(there + 120 <= here, "{there} KiB of tables in the child, {here} here");
+    drop(ahead);
 }
 
 #[test]

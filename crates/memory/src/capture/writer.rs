@@ -230,7 +230,7 @@ impl<S: PageSink> Control<S> {
 }
 
 /// Waits until one of two can be read, or has come to its end; which.
-fn wait_for(fds: [&dyn AsFd; 2]) -> io::Result<[bool; 2]> {
+pub(super) fn wait_for(fds: [&dyn AsFd; 2]) -> io::Result<[bool; 2]> {
     let mut polled = fds.map(|fd| PollFd::from_borrowed_fd(fd.as_fd(), PollFlags::IN));
     rustix::io::retry_on_intr(|| poll(&mut polled, None))?;
     Ok(polled.map(|fd| !fd.revents().is_empty()))

@@ -30,6 +30,7 @@ use forkd_sys::fork::{Child, Fork};
 use forkd_vm::{VcpuState, VmState};
 
 use self::crowd::Crowd;
+use crate::pause::Limit;
 use crate::snapshot::Errand;
 
 /// State that KVM holds and fork(2) does not copy. Everything else of a VM is process memory.
@@ -170,47 +171,56 @@ pub fn fork_all(
 #[derive(Debug)]
 pub struct PauseClock {
     began_ns: u64,
-    quiesced_ns: u64,
-    saved_ns: u64,
-    forked_ns: u64,
-    armed_ns: u64,
+    /// When the step before ended.
+    last_ns: u64,
+    pause: SourcePause,
 }
 
 impl PauseClock {
     /// The first kick is about to be given.
     pub fn start() -> Self {
-        Self { began_ns: monotonic_ns(), quiesced_ns: 0, saved_ns: 0, forked_ns: 0, armed_ns: 0 }
+        let began_ns = monotonic_ns();
+        Self { began_ns, last_ns: began_ns, pause: SourcePause::default() }
+    }
+
+    /// An attempt to park was given up; this is the next.
+    pub fn restart(&mut self) {
+        *self = Self::start();
+    }
+
+    /// Microseconds since the step before.
+    fn step(&mut self) -> u64 {
+        let now = monotonic_ns();
+        let us = now.saturating_sub(self.last_ns) / 1000;
+        self.last_ns = now;
+        us
     }
 
     /// All vCPUs are parked and saved.
     pub fn quiesced(&mut self) {
-        self.quiesced_ns = monotonic_ns();
+        self.pause.quiesce_us += self.step();
     }
 
-    /// The VM's own state is saved.
+    /// The VM's own state is saved, or encoded.
     pub fn saved(&mut self) {
-        self.saved_ns = monotonic_ns();
+        self.pause.save_us += self.step();
     }
 
     /// The last fork(2) has returned.
     pub fn forked(&mut self) {
-        self.forked_ns = monotonic_ns();
+        self.pause.fork_us += self.step();
     }
 
     /// RAM is write-protected.
     pub fn armed(&mut self) {
-        self.armed_ns = monotonic_ns();
+        self.pause.arm_us += self.step();
     }
 
-    /// The vCPUs were told to go on.
-    pub fn stop(self) -> SourcePause {
-        let us = |from: u64, to: u64| to.saturating_sub(from) / 1000;
-        SourcePause {
-            pause_us: us(self.began_ns, monotonic_ns()),
-            quiesce_us: us(self.began_ns, self.quiesced_ns),
-            save_us: us(self.quiesced_ns, self.saved_ns),
-            fork_us: us(self.saved_ns, self.forked_ns),
-            arm_us: us(self.forked_ns, self.armed_ns),
-        }
+    /// The vCPUs were told to go on. The limit is what the pause was to keep to.
+    pub fn stop(self, limit: Limit) -> SourcePause {
+        let pause_us = monotonic_ns().saturating_sub(self.began_ns) / 1000;
+        let max_pause_us = limit.us();
+        let exceeded = max_pause_us.is_some_and(|limit| pause_us > limit);
+        SourcePause { pause_us, max_pause_us, exceeded, ..self.pause }
     }
 }

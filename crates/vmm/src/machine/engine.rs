@@ -1,6 +1,7 @@
 //! What drives a machine: the KVM VM and its vCPUs. fork(2) does not copy these; a child builds its own.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use forkd_api::types::{Metrics, Timing, VmConfig};
 use forkd_sys::clock::monotonic_ns;
@@ -9,7 +10,27 @@ use forkd_vm::{ExitBus, Vcpu, Vm, boot};
 use super::{Machine, MachineError};
 use crate::fork::{PauseClock, Quiesced, SavedKvm};
 use crate::process::VmmError;
-use crate::vcpus::{VcpuSet, VcpusError};
+use crate::vcpus::{PARK_TIMEOUT, VcpuSet, VcpusError};
+
+/// How often parking is tried where it has to be quick.
+const PARK_ATTEMPTS: u32 = 5;
+
+/// Why a VM could not be brought to stand still.
+#[derive(Debug, thiserror::Error)]
+pub enum QuiesceError {
+    /// Parking took longer than allowed, each time.
+    #[error("vCPU {0} did not park within {1:?}, in {PARK_ATTEMPTS} attempts: the host is busy")]
+    Slow(u8, Duration),
+    /// A vCPU is stuck or gone.
+    #[error(transparent)]
+    Vcpus(#[from] VcpusError),
+    /// KVM's state can't be read.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    /// What was to be done last failed.
+    #[error("{0}")]
+    Last(String),
+}
 
 /// The KVM VM and its vCPUs.
 #[derive(Debug)]
@@ -80,21 +101,54 @@ impl Engine {
         Ok(Self { vm, vcpus })
     }
 
-    /// Stops all vCPUs and saves what KVM holds.
+    /// Stops all vCPUs and saves what KVM holds. With `patience`, parking may take no longer than that; it is tried a
+    /// few times, with the vCPUs running in between. `last` is the last thing to do before the witness exists: the end
+    /// of any helper thread. No RAM is written from its end until a fork.
     ///
     /// # Errors
-    /// A vCPU does not stop, or state can't be read. The vCPUs are then to be resumed.
+    /// A vCPU does not stop, state can't be read, or `last` fails. The vCPUs are then to be resumed.
     #[expect(unsafe_code, reason = "vouching for a VM that stands still is this function's task")]
-    pub fn quiesce(&self, clock: &mut PauseClock) -> Result<Quiesced, VmmError> {
-        self.vcpus.request_park();
-        self.vcpus.wait_parked()?;
+    pub fn quiesce<T>(
+        &self,
+        clock: &mut PauseClock,
+        patience: Option<Duration>,
+        last: impl FnOnce(&SavedKvm, &mut PauseClock) -> Result<T, String>,
+    ) -> Result<(Quiesced, T), QuiesceError> {
+        self.park(clock, patience)?;
         let vcpus = self.vcpus.take_saved()?;
         clock.quiesced();
         let vm = self.vm.save().map_err(MachineError::from)?;
         clock.saved();
+        let saved = SavedKvm { vm, vcpus };
+        let done = last(&saved, clock).map_err(QuiesceError::Last)?;
         // SAFETY: all vCPUs are parked, and only this thread, the event loop's, can resume them, which it
-        // does after the witness is gone. It is here between two events and holds no lock.
-        Ok(unsafe { Quiesced::vouch(Arc::new(SavedKvm { vm, vcpus })) })
+        // does after the witness is gone. It is here between two events and holds no lock. Other threads there
+        // are none: what protects RAM ahead of a pause was joined by `last`, or is not there.
+        Ok((unsafe { Quiesced::vouch(Arc::new(saved)) }, done))
+    }
+
+    fn park(&self, clock: &mut PauseClock, patience: Option<Duration>) -> Result<(), QuiesceError> {
+        let Some(patience) = patience else {
+            self.vcpus.request_park();
+            return Ok(self.vcpus.wait_parked(PARK_TIMEOUT)?);
+        };
+        let mut attempt = 1;
+        loop {
+            clock.restart();
+            self.vcpus.request_park();
+            match self.vcpus.wait_parked(patience) {
+                Err(VcpusError::Stuck(..)) if attempt < PARK_ATTEMPTS => {
+                    self.vcpus.resume();
+                    attempt += 1;
+                }
+                Err(VcpusError::Stuck(index, _)) => {
+                    // At once: what `last` holds may take its time to be dropped.
+                    self.vcpus.resume();
+                    return Err(QuiesceError::Slow(index, patience));
+                }
+                other => return Ok(other?),
+            }
+        }
     }
 
     /// Ends the vCPU threads and the VM.

@@ -4,9 +4,11 @@
 //!   source                                     writer
 //!   ------                                     ------
 //!   stage                       guest runs
+//!   protect RAM ahead           guest runs     (if there is much of it: a thread serves faults, and notes them)
 //!   park vCPUs, encode state    guest stands
+//!   join the thread, protect what it has noted
 //!   fork ------------------------------------> has state and disks as they are now, copied on write
-//!   write-protect RAM           guest stands   serves faults from here on
+//!   or write-protect all RAM    guest stands   serves faults from here on
 //!   go                          guest runs     copies RAM page by page, then writes state and disks, and commits
 //!   poll, at the writer's end
 //! ```
@@ -29,18 +31,20 @@ use std::time::Duration;
 
 use forkd_api::server::RequestId;
 use forkd_api::types::{SnapshotReceipt, SourcePause, VmRecord};
-use forkd_memory::capture::{LiveCapture, LiveConfig, PageSink, Progress, Report};
+use forkd_memory::capture::{
+    LiveCapture, LiveConfig, PageSink, PreArm, PreReport, Progress, Protected, Report,
+};
 use forkd_memory::{BranchMode, GuestRam, MemfdRegion};
 use forkd_snapshot::{Facts, Mode, PageWriter, Staged};
 use forkd_sys::clock::monotonic_ns;
 use forkd_sys::reactor::wait_readable;
 
 use super::save::{SaveError, facts, stage, write_disks};
-use super::state::encode;
 use crate::fork::{PauseClock, Quiesced};
 use crate::machine::Machine;
 use crate::machine::engine::Engine;
 use crate::machine::saved::Disks;
+use crate::pause::Limit;
 use crate::requests::Refusal;
 
 /// How long a writer that was killed has to end. It takes as long as freeing its memory.
@@ -71,6 +75,35 @@ pub struct Capturing {
     pub request: Option<RequestId>,
     requested_ns: u64,
     source: SourcePause,
+    ahead: Option<PreReport>,
+}
+
+/// A live snapshot whose RAM is being protected ahead of the pause.
+pub struct Preparing {
+    /// What is ready.
+    pub prepared: Prepared,
+    /// The thread that does it.
+    pub ahead: PreArm,
+    /// Its tag.
+    pub tag: String,
+    /// Who asked for it.
+    pub request: RequestId,
+    /// Whether he waits until it is durable.
+    pub wait: bool,
+    /// When it was asked for.
+    pub requested_ns: u64,
+    /// How long the pause may be.
+    pub limit: Limit,
+    /// How often it was found not to fit.
+    pub in_vain: u32,
+}
+
+impl Preparing {
+    /// It is not to be. Takes the protection away, and waits for that.
+    pub fn give_up(self, why: &str) {
+        drop(self.ahead);
+        self.prepared.fail(why);
+    }
 }
 
 /// Where the writer process puts it all.
@@ -155,7 +188,17 @@ fn config<'a>(ram: &GuestRam, memfd: &'a MemfdRegion) -> LiveConfig<'a> {
 }
 
 impl Prepared {
-    /// Inside the pause: forks the writer and write-protects RAM.
+    /// Starts to protect RAM ahead of the pause; with as few pages as `enough` written since, it is ready.
+    ///
+    /// # Errors
+    /// No userfaultfd, no thread.
+    pub fn start_ahead(&self, machine: &Machine, enough: usize) -> Result<PreArm, String> {
+        let memfd = machine.ram().memfd_region().ok_or("RAM is not in a memfd")?;
+        PreArm::start(&config(machine.ram(), memfd), enough).map_err(|e| e.to_string())
+    }
+
+    /// Inside the pause: forks the writer and write-protects RAM, if it is not so already. `state` was encoded
+    /// before RAM was protected: from then on to the fork nobody serves faults.
     ///
     /// # Errors
     /// Why there will be no snapshot. Nothing is protected then, and the VM can go on; what is to be cleared away is
@@ -164,27 +207,31 @@ impl Prepared {
         self,
         machine: &Machine,
         engine: &Engine,
-        quiesced: &Quiesced,
-        generation: u32,
+        _quiesced: &Quiesced,
+        state: Vec<u8>,
+        protected: Option<Protected>,
         clock: &mut PauseClock,
     ) -> Result<Armed, Unarmed> {
         let Self { staged, memory, facts, fds } = self;
+        let ahead = protected.as_ref().map(|protected| protected.report);
         let begun: Result<LiveCapture, (String, Option<LiveCapture>)> = (|| {
             let without = |why: String| (why, None);
-            let state = encode(machine, quiesced.saved(), generation);
-            let state = state.map_err(|e| without(e.to_string()))?;
             let memfd = machine.ram().memfd_region();
             let memfd = memfd.ok_or_else(|| without("RAM is not in a memfd".to_owned()))?;
             let rest = Mutex::new(Some(Rest { state, disks: machine.disks(), facts }));
             let sink = Sink { staged: Arc::clone(&staged), memory, fds, rest };
+            let config = config(machine.ram(), memfd);
+            let in_child = || engine.vcpus.release_in_child();
+            if let Some(protected) = protected {
+                // SAFETY: as below.
+                let capture = unsafe { LiveCapture::adopt(&config, protected, sink, in_child) };
+                clock.forked();
+                return capture.map_err(|e| without(e.to_string()));
+            }
             // SAFETY: the witness says that every other thread is a parked vCPU thread, which holds no lock. The
             // closure drops the vCPUs, whose descriptors nothing in the writer uses.
-            let mut capture = unsafe {
-                LiveCapture::prepare(&config(machine.ram(), memfd), sink, || {
-                    engine.vcpus.release_in_child();
-                })
-            }
-            .map_err(|e| without(e.to_string()))?;
+            let mut capture = unsafe { LiveCapture::prepare(&config, sink, in_child) }
+                .map_err(|e| without(e.to_string()))?;
             clock.forked();
             if let Err(error) = capture.arm() {
                 return Err((error.to_string(), Some(capture)));
@@ -193,7 +240,7 @@ impl Prepared {
             Ok(capture)
         })();
         match begun {
-            Ok(capture) => Ok(Armed { capture, staged }),
+            Ok(capture) => Ok(Armed { capture, staged, ahead }),
             Err((why, capture)) => Err(Unarmed { why, capture, staged }),
         }
     }
@@ -236,6 +283,7 @@ fn end(capture: &mut LiveCapture) -> Progress {
 pub struct Armed {
     capture: LiveCapture,
     staged: Shared,
+    ahead: Option<PreReport>,
 }
 
 impl Armed {
@@ -251,8 +299,8 @@ impl Armed {
     ) -> Result<Capturing, String> {
         let tag = lock(&self.staged).as_ref().map_or_else(String::new, |s| s.tag().to_owned());
         let told = self.capture.go();
-        let Self { capture, staged } = self;
-        let capturing = Capturing { capture, staged, tag, request, requested_ns, source };
+        let Self { capture, staged, ahead } = self;
+        let capturing = Capturing { capture, staged, tag, request, requested_ns, source, ahead };
         match told {
             Ok(()) => Ok(capturing),
             Err(error) => {
@@ -269,9 +317,17 @@ impl Capturing {
         self.capture.pidfd()
     }
 
-    /// What the source felt.
-    pub fn source(&self) -> SourcePause {
-        self.source
+    /// What is known of it once the VM runs again.
+    pub fn receipt_so_far(&self) -> SnapshotReceipt {
+        let us = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+        let ahead = self.ahead.unwrap_or_default();
+        SnapshotReceipt {
+            source: self.source,
+            prearm_us: us(ahead.protecting),
+            pages_rearmed: ahead.left,
+            longest_stall_us: us(ahead.longest_stall),
+            ..SnapshotReceipt::default()
+        }
     }
 
     /// What came of it; none while the writer is at work.
@@ -289,13 +345,15 @@ impl Capturing {
 
     fn receipt(&self, report: &Report) -> SnapshotReceipt {
         let stall = report.longest_fault.max(report.longest_claim);
+        let so_far = self.receipt_so_far();
+        let stall_us = u64::try_from(stall.as_micros()).unwrap_or(u64::MAX);
         SnapshotReceipt {
-            source: self.source,
             bytes: report.bytes,
             pages_by_bulk: report.pages_by_bulk,
             pages_by_handler: report.pages_by_handler,
-            longest_stall_us: u64::try_from(stall.as_micros()).unwrap_or(u64::MAX),
+            longest_stall_us: so_far.longest_stall_us.max(stall_us),
             ready_us: monotonic_ns().saturating_sub(self.requested_ns) / 1000,
+            ..so_far
         }
     }
 

@@ -23,7 +23,7 @@ pub use load::{memory_of, restore};
 pub use save::{
     Errand, SaveError, WRITE_TIMEOUT, fill, finish, fork_writer, run_writer, stage, stage_diff,
 };
-pub use state::{MachineState, SavedVm};
+pub use state::{MachineState, SavedVm, encode};
 
 /// The host's KVM in the words of a manifest; none if it is not known.
 fn kvm_of(host: &Host) -> Option<KvmFlavour> {

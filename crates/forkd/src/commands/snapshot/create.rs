@@ -311,7 +311,7 @@ pub fn create(paths: &Paths, plan: &Plan) -> Result<Created> {
     let begun = Instant::now();
     let dir = paths.snapshot(&plan.tag);
     let half_made = guard_snapshot(&dir, &config.id);
-    let zygote = booted.client.zygote(&plan.tag, &dir, true).map_err(|e| booted.explain(e))?;
+    let zygote = booted.client.zygote(&plan.tag, &dir, true).map_err(|e| booted.explain(e))?.child;
     let snapshot_us = u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
     step.done("");
     booted.stop();

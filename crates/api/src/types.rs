@@ -216,23 +216,15 @@ pub struct ZygoteRequest {
     pub max_pause_us: Option<u64>,
 }
 
-/// `POST /persist`: a forked writer puts a zygote into a store of durable snapshots, under its own tag; or, of a VM
-/// that runs, what changed since the durable snapshot that it came from. The answer of the latter is a
-/// [`ForkResponse`].
+/// `POST /persist`: a forked writer puts a zygote into a store of durable snapshots, under its own tag.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PersistRequest {
     /// Directory of the store.
     pub store: PathBuf,
-    /// Tag of the diff; not for a zygote.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub tag: Option<String>,
     /// Answer once it is durable; otherwise at once, and the store tells what came of it.
     #[serde(default = "yes")]
     pub wait: bool,
-    /// As of [`ForkRequest`]; a zygote stands still anyway.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub max_pause_us: Option<u64>,
 }
 
 /// `POST /snapshot`: a running VM writes a durable snapshot of itself, and goes on.
@@ -265,6 +257,8 @@ pub enum SnapshotMode {
     Full,
     /// RAM is write-protected while the VM is paused, and copied while it runs. For RAM in a shared memfd only.
     Live,
+    /// What differs from the last durable snapshot of the VM is kept: by a forked writer, or as `live` does it.
+    Diff,
 }
 
 /// What a snapshot cost the VM that it was taken of.

@@ -8,8 +8,7 @@ use anyhow::{Context, Result, bail};
 use forkd_api::client::Client;
 use forkd_api::types::{
     Action, ChildResult, ChildSpec, ForkRequest, ForkResponse, Metrics, PersistRequest,
-    SnapshotMode, SnapshotReceipt, SnapshotRequest, SourcePause, VmInfo, VmPhase, ZygoteRequest,
-    ZygoteResponse,
+    SnapshotMode, SnapshotReceipt, SnapshotRequest, VmInfo, VmPhase, ZygoteRequest, ZygoteResponse,
 };
 use forkd_sys::fork::PidFd;
 use rustix::process::Signal;
@@ -119,8 +118,7 @@ impl VmClient {
     /// # Errors
     /// It was refused, or writing failed.
     pub fn persist(&self, store: &Path, wait: bool) -> Result<()> {
-        let request =
-            PersistRequest { store: store.to_path_buf(), tag: None, wait, max_pause_us: None };
+        let request = PersistRequest { store: store.to_path_buf(), wait };
         if !wait {
             self.connect(QUICK)?.send_json("POST", "/persist", &request)?;
             return Ok(());
@@ -129,20 +127,6 @@ impl VmClient {
         match result.error {
             Some(error) => bail!("{error}"),
             None => Ok(()),
-        }
-    }
-
-    /// Has a running VM save what changed since the durable snapshot that it came from; tells what it felt.
-    ///
-    /// # Errors
-    /// It was refused, or writing failed.
-    pub fn diff(&self, store: &Path, tag: &str, wait: bool) -> Result<Option<SourcePause>> {
-        let (store, tag) = (store.to_path_buf(), Some(tag.to_string()));
-        let request = PersistRequest { store, tag, wait, max_pause_us: self.max_pause_us() };
-        let answer: ForkResponse = self.connect(WRITE)?.post_json("/persist", &request)?;
-        match answer.children.into_iter().find_map(|child| child.error) {
-            Some(error) => bail!("{error}"),
-            None => Ok(answer.source),
         }
     }
 

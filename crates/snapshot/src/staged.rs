@@ -324,6 +324,12 @@ impl Staged {
         })
     }
 
+    /// What another process of the same fork has made of it: who commits is not always who began.
+    pub fn published(&self) -> Option<Parent> {
+        let snapshot = self.store.get(&self.tag).ok()?;
+        Some(Parent { tag: self.tag.clone(), root: snapshot.manifest().root })
+    }
+
     /// Gives up: the reason shows in [`Store::list`] until the snapshot is removed, or tried again.
     ///
     /// # Errors

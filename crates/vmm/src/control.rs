@@ -5,7 +5,8 @@ use std::path::Path;
 
 use forkd_api::http::{Request, Response};
 use forkd_api::server::{RequestId, Server};
-use forkd_api::types::{Fault, ZygoteResponse};
+use forkd_api::types::{ChildResult, Fault, SnapshotReceipt, ZygoteResponse};
+use forkd_sys::clock::monotonic_ns;
 use forkd_sys::reactor::{Interest, Reactor, Readiness};
 use forkd_sys::signal::{SignalFd, SignalSet};
 use serde::Serialize;
@@ -130,6 +131,17 @@ impl Control {
                     let child = child.clone();
                     let answer = ZygoteResponse { child, source: response.source };
                     self.answer(request, 200, &answer)?;
+                }
+                (AnswerAs::Receipt, Some(ChildResult { error: Some(why), .. })) => {
+                    let why = why.clone();
+                    self.answer_fault(request, 500, why)?;
+                }
+                (AnswerAs::Receipt, Some(writer)) => {
+                    let source = response.source.unwrap_or_default();
+                    let ready_us = monotonic_ns().saturating_sub(writer.timing.requested_ns) / 1000;
+                    let receipt =
+                        SnapshotReceipt { source, ready_us, ..SnapshotReceipt::default() };
+                    self.answer(request, 200, &receipt)?;
                 }
                 _ => self.answer(request, 200, &response)?,
             }

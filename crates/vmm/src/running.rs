@@ -466,10 +466,11 @@ impl Running {
                 }
                 return self.fork(id, vec![spec], Destiny::Zygote, limit);
             }
-            VmmAction::Snapshot(request) => {
-                return Ok(self.save(id, &request)?.map(|()| Flow::Go));
+            VmmAction::Snapshot(request) => return self.save(id, &request),
+            VmmAction::Persist(_) => {
+                let why = "this VM runs: POST /snapshot keeps it, /persist is for zygotes";
+                return Ok(Err(Refusal::new(409, why)));
             }
-            VmmAction::Persist(request) => return self.save_diff(id, &request),
             VmmAction::SetState(state) => return self.set_state(id, state),
             VmmAction::Act(Action::SendCtrlAltDel) => {
                 self.machine.press_ctrl_alt_del();

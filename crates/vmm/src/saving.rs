@@ -4,9 +4,7 @@ use std::io;
 use std::time::Duration;
 
 use forkd_api::server::RequestId;
-use forkd_api::types::{
-    ForkResponse, PersistRequest, SnapshotMode, SnapshotReceipt, SnapshotRequest, SourcePause,
-};
+use forkd_api::types::{SnapshotMode, SnapshotReceipt, SnapshotRequest, SourcePause};
 use forkd_memory::MemoryBackend;
 use forkd_memory::capture::{Ahead, PreArm};
 use forkd_snapshot::{Mode, PAGE_SIZE};
@@ -43,7 +41,7 @@ impl Running {
         &mut self,
         id: RequestId,
         request: &SnapshotRequest,
-    ) -> io::Result<Result<(), Refusal>> {
+    ) -> io::Result<Result<Flow, Refusal>> {
         let requested_ns = monotonic_ns();
         if let Err(refusal) = self.require_ready("saved") {
             return Ok(Err(refusal));
@@ -56,9 +54,13 @@ impl Running {
             return Ok(Err(Refusal::new(409, why)));
         }
         match request.mode {
+            SnapshotMode::Diff if self.machine.ram().check_fork().is_ok() => {
+                return self.save_diff(id, request, requested_ns);
+            }
             SnapshotMode::Full => self.save_full(id, request, requested_ns),
-            SnapshotMode::Live => self.save_live(id, request, requested_ns),
+            SnapshotMode::Live | SnapshotMode::Diff => self.save_live(id, request, requested_ns),
         }
+        .map(|saved| saved.map(|()| Flow::Go))
     }
 
     /// Writes all of it with the vCPUs parked.
@@ -109,19 +111,13 @@ impl Running {
     ///
     /// # Errors
     /// The reactor fails.
-    pub(crate) fn save_diff(
+    fn save_diff(
         &mut self,
         id: RequestId,
-        request: &PersistRequest,
+        request: &SnapshotRequest,
+        requested_ns: u64,
     ) -> io::Result<Result<Flow, Refusal>> {
-        let requested_ns = monotonic_ns();
-        let refuse = |why: String| Ok(Err(Refusal::new(409, why)));
-        if let Err(refusal) = self.require_ready("saved") {
-            return Ok(Err(refusal));
-        }
-        let Some(tag) = &request.tag else {
-            return refuse("a VM that runs is no snapshot: give the tag of the diff".to_owned());
-        };
+        let tag = &request.tag;
         let limit = Limit::from_us(request.max_pause_us);
         let work = self.fork_work(1);
         let patience = match limit.check(&self.costs.expect(work), SHORTER_THAN_FORK) {
@@ -130,7 +126,7 @@ impl Running {
         };
         let staged = match snapshot::stage_diff(&self.machine, &request.store, tag) {
             Ok(staged) => staged,
-            Err(why) => return refuse(why),
+            Err(why) => return Ok(Err(Refusal::new(409, why))),
         };
         let mut clock = PauseClock::start();
         let quiesced = match self.pause(&mut clock, patience, "saved") {
@@ -152,7 +148,7 @@ impl Running {
         self.costs.learn(work, &pause);
         let offspring = &mut self.control.offspring;
         let to = request.wait.then_some(id);
-        let batch = offspring.open_batch(to, AnswerAs::Fork, 1, Some(WRITE_TIMEOUT));
+        let batch = offspring.open_batch(to, AnswerAs::Receipt, 1, Some(WRITE_TIMEOUT));
         offspring.set_source_pause(batch, pause);
         offspring.adopt_all(&self.control.reactor, batch, delivered);
         if request.wait {
@@ -161,8 +157,8 @@ impl Running {
         if let Some(why) = offspring.failure(batch) {
             return Ok(Err(Refusal::new(500, why)));
         }
-        let response = ForkResponse { children: Vec::new(), source: Some(pause) };
-        self.control.answer(id, 200, &response)?;
+        let receipt = SnapshotReceipt { source: pause, ..SnapshotReceipt::default() };
+        self.control.answer(id, 200, &receipt)?;
         Ok(Ok(Flow::Go))
     }
 
@@ -184,7 +180,7 @@ impl Running {
             Err(refusal) => return Ok(Err(refusal)),
         };
         let (machine, record) = (&self.machine, &self.record);
-        let prepared = match live::prepare(machine, record, &request.store, &request.tag) {
+        let prepared = match live::prepare(machine, record, request) {
             Ok(prepared) => prepared,
             Err(refusal) => return Ok(Err(refusal)),
         };
@@ -361,8 +357,15 @@ impl Running {
         self.control.reactor.remove(capturing.pidfd())?;
         let tag = &capturing.tag;
         match (outcome, capturing.request) {
-            (Ok(receipt), Some(request)) => self.control.answer(request, 200, &receipt),
-            (Ok(_), None) => Ok(()),
+            (Ok(receipt), request) => {
+                if let Some(written) = capturing.written() {
+                    self.machine.set_latest(written);
+                }
+                match request {
+                    Some(request) => self.control.answer(request, 200, &receipt),
+                    None => Ok(()),
+                }
+            }
             (Err(why), request) => {
                 crate::log::line(&format!("no snapshot {tag}: {why}"));
                 match request {

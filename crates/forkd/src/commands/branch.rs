@@ -142,7 +142,7 @@ fn keep(paths: &Paths, source: &Live, tag: &str, mode: BranchMode, wait: bool) -
             client.snapshot(&store, tag, SnapshotMode::Live, wait).with_context(not_taken)?
         }
         BranchMode::Diff => {
-            of_fork(client.diff(&store, tag, wait).with_context(not_taken)?.unwrap_or_default())
+            client.snapshot(&store, tag, SnapshotMode::Diff, wait).with_context(not_taken)?
         }
         BranchMode::Fork => {
             let answer = client.zygote(tag, &paths.snapshot(tag), false)?;

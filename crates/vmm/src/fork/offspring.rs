@@ -38,6 +38,8 @@ pub enum AnswerAs {
     Fork,
     /// With the one [`ChildResult`].
     Zygote,
+    /// With the [`forkd_api::types::SnapshotReceipt`] of the one writer.
+    Receipt,
 }
 
 /// An answered request.

@@ -25,21 +25,20 @@
 
 use std::io;
 use std::os::fd::RawFd;
-use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use forkd_api::server::RequestId;
-use forkd_api::types::{SnapshotReceipt, SourcePause, VmRecord};
+use forkd_api::types::{SnapshotMode, SnapshotReceipt, SnapshotRequest, SourcePause, VmRecord};
 use forkd_memory::capture::{
     LiveCapture, LiveConfig, PageSink, PreArm, PreReport, Progress, Protected, Report,
 };
 use forkd_memory::{BranchMode, GuestRam, MemfdRegion};
-use forkd_snapshot::{Facts, Mode, PageWriter, Staged};
+use forkd_snapshot::{Facts, Mode, PageWriter, Parent, Staged};
 use forkd_sys::clock::monotonic_ns;
 use forkd_sys::reactor::wait_readable;
 
-use super::save::{SaveError, facts, stage, write_disks};
+use super::save::{SaveError, facts, stage, stage_diff, write_disks};
 use crate::fork::{PauseClock, Quiesced};
 use crate::machine::Machine;
 use crate::machine::engine::Engine;
@@ -150,22 +149,27 @@ impl PageSink for Sink {
     }
 }
 
-/// Begins a live snapshot of a VM that runs: what can be done before the pause.
+/// Begins a live snapshot of a VM that runs, or a diff that is taken in the same way: what can be done before the
+/// pause.
 ///
 /// # Errors
 /// 409 if its RAM is not for that, the tag is taken or the store can't be used; 500.
 pub fn prepare(
     machine: &Machine,
     source: &VmRecord,
-    store: &Path,
-    tag: &str,
+    request: &SnapshotRequest,
 ) -> Result<Prepared, Refusal> {
     if let Some(why) = machine.ram().why_not(BranchMode::Live) {
         let backend = machine.ram().backend_name();
         return Err(Refusal::new(409, format!("RAM of this VM is {backend}: {why}")));
     }
-    let facts = facts(machine, source, Mode::Live).map_err(|e| Refusal::new(500, e.to_string()))?;
-    let mut staged = stage(store, tag).map_err(|e| Refusal::new(409, e.to_string()))?;
+    let (store, tag) = (&request.store, &request.tag);
+    let (mode, staged) = match request.mode {
+        SnapshotMode::Diff => (Mode::Diff, stage_diff(machine, store, tag)),
+        _ => (Mode::Live, stage(store, tag).map_err(|e| e.to_string())),
+    };
+    let facts = facts(machine, source, mode).map_err(|e| Refusal::new(500, e.to_string()))?;
+    let mut staged = staged.map_err(|why| Refusal::new(409, why))?;
     let memory = match staged.memory(u64::from(machine.ram().mem_mib()) << 20) {
         Ok(memory) => memory,
         Err(error) => {
@@ -341,6 +345,11 @@ impl Capturing {
                 Some(Err(why))
             }
         }
+    }
+
+    /// What its writer has published.
+    pub fn written(&self) -> Option<Parent> {
+        lock(&self.staged).as_ref().and_then(Staged::published)
     }
 
     fn receipt(&self, report: &Report) -> SnapshotReceipt {

@@ -108,7 +108,7 @@ pub struct Taken {
     /// Gaps that were noted and had no room.
     pub lost: u64,
     /// Pages written since the start.
-    pub pages: u64,
+    pages: u64,
     /// When the question was asked: what comes later is its own doing.
     pub asked_ns: u64,
     busy: bool,
@@ -246,6 +246,11 @@ pub struct Seen {
 }
 
 impl Taken {
+    /// Bytes of the pages that were written since `before`.
+    pub fn bytes_since(&self, before: &Self) -> u64 {
+        self.pages.saturating_sub(before.pages).saturating_mul(PAGE)
+    }
+
     /// Finds the gap of a pause of `pause_ns` between the instants `from_ns` and `to_ns`: the shortest that is long enough
     /// to hold it.
     pub fn seen(&self, from_ns: u64, to_ns: u64, pause_ns: u64) -> Seen {

@@ -13,6 +13,7 @@ mod modes;
 mod report;
 
 use std::ops::RangeInclusive;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
@@ -47,7 +48,7 @@ const CHAIN_MEM: u64 = 512;
 #[command(after_help = "Examples:
   forkd bench branch
   forkd bench branch --mem 1536 --rates 50,max --modes fork,live --rounds 50
-  forkd bench branch --json > branch.json && bench/plot.py branch.json")]
+  forkd bench branch --save branch.json && bench/plot.py branch.json .")]
 pub struct Args {
     /// RAM sizes of the guest in MiB
     #[arg(long, value_name = "MIB,...", value_delimiter = ',', default_value = "256,512,1024,1536,4096",
@@ -80,6 +81,9 @@ pub struct Args {
     /// Memory of all writers in MiB; by default 60 % of RAM, and 1536 at most
     #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u64).range(32..=65_536))]
     ring: Option<u64>,
+    /// Write the result to this file as well, as JSON, after each size
+    #[arg(long, value_name = "FILE")]
+    save: Option<PathBuf>,
     #[command(flatten)]
     output: OutputArgs,
 }
@@ -129,8 +133,11 @@ impl Args {
                 output::note(&format!("forkd: {mem} MiB: {error}"));
                 report.failures.push(Failure { mem_mib: *mem, error });
             }
+            report.complete();
+            if let Some(file) = &self.save {
+                report.save(file)?;
+            }
         }
-        report.complete();
         if quiet {
             output::json(&report)?;
         } else {

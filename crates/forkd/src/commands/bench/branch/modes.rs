@@ -113,6 +113,15 @@ pub(super) struct CellSamples {
     pub unseen: usize,
     /// Gaps for which there was no room.
     pub lost: u64,
+    /// Bytes that were written while they were watched, and for how long that was, in ns.
+    pub written: (u64, u64),
+}
+
+impl CellSamples {
+    pub(super) fn written_mb_s(&self) -> f64 {
+        let (bytes, ns) = self.written;
+        if ns == 0 { 0.0 } else { bytes as f64 * 1e3 / ns as f64 }
+    }
 }
 
 /// A VM with its load.
@@ -187,7 +196,7 @@ impl Subject<'_> {
             source.load.write_set(mb)?;
         }
         let load = &source.load;
-        to.lost += load.take()?.lost;
+        let before = load.take()?;
         thread::sleep(SETTLE + WATCH);
         let from_ns = monotonic_ns();
         let (took, taken) = self.request(mode, source, from_ns)?;
@@ -208,7 +217,9 @@ impl Subject<'_> {
         }
         to.after.push(ms(seen.after_ns));
         to.noise.push(ms(seen.noise_ns));
-        to.lost += taken.lost;
+        to.lost += before.lost + taken.lost;
+        to.written.0 += taken.bytes_since(&before);
+        to.written.1 += taken.asked_ns.saturating_sub(before.asked_ns);
         to.ready.push(took.ready_ms);
         took.stall_ms.into_iter().for_each(|stall| to.stall.push(stall));
         took.disk_mib.into_iter().for_each(|size| to.disk.push(size));

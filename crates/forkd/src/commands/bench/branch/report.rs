@@ -1,6 +1,8 @@
 //! What is told: rows, what they must reach, the table and the JSON.
 
-use anyhow::Result;
+use std::path::Path;
+
+use anyhow::{Context, Result};
 use forkd_sys::clock::realtime_ns;
 use forkd_vm::Host;
 use serde::Serialize;
@@ -31,6 +33,8 @@ pub struct Cell {
     pub memory: &'static str,
     /// Resident at the end: what the floor was measured with.
     pub resident: Anonymous,
+    /// What the writers came to, in MB (10^6 bytes) of pages a second.
+    pub written_mb_s: f64,
     /// The pause, as the VMM told it: from the first kick of a vCPU to the last one's resume.
     pub pause_ms: Summary,
     /// Of it: until all vCPUs were parked.
@@ -141,6 +145,7 @@ impl Cell {
             mode: at.mode,
             memory: at.mode.memory(),
             resident: at.resident,
+            written_mb_s: samples.written_mb_s(),
             pause_ms,
             quiesce_ms: samples.quiesce.summary(),
             save_ms: samples.save.summary(),
@@ -247,6 +252,21 @@ impl Report {
     /// Adds what follows from the rows.
     pub fn complete(&mut self) {
         self.per_link_ms = per_link_ms(&self.loads);
+    }
+
+    /// Writes it to a file, which is the old one or the new one at any time.
+    ///
+    /// # Errors
+    /// Names the file.
+    pub fn save(&self, file: &Path) -> Result<()> {
+        let mut text =
+            serde_json::to_vec_pretty(self).context("cannot write the result as JSON")?;
+        text.push(b'\n');
+        let failed = || format!("cannot write {}", file.display());
+        let mut new = file.as_os_str().to_os_string();
+        new.push(".new");
+        std::fs::write(&new, text).with_context(failed)?;
+        std::fs::rename(&new, file).with_context(failed)
     }
 
     /// Prints it as tables.

@@ -15,6 +15,7 @@
 
 mod bad_boots;
 mod bad_input;
+mod bench;
 mod branch;
 mod cli;
 mod command;
@@ -44,6 +45,7 @@ fn tests() -> Vec<runner::Test> {
         cli::WITHOUT_GUEST,
         durable::TESTS,
         bad_input::TESTS,
+        bench::WITHOUT_GUEST,
         cli::WITH_GUEST,
         fork::TESTS,
         isolation::TESTS,
@@ -58,6 +60,7 @@ fn tests() -> Vec<runner::Test> {
         lifecycle::TESTS,
         snapshots::TESTS,
         smp::TESTS,
+        bench::TESTS,
         bad_boots::TESTS,
     ]
     .concat()

@@ -85,11 +85,10 @@ fn check_cell(cell: &Value) -> Result<()> {
     ensure!(count == Some(2) && pause > 0.0, "{cell}");
     let parts = number(cell, "quiesce_ms", "min")? + number(cell, "save_ms", "min")?;
     ensure!(parts <= number(cell, "pause_ms", "max")?, "{cell}");
-    // What the writers saw is no shorter than what the VMM told, but for the tolerance with which it is sought.
-    if cell["gap_ms"].is_object() {
-        let (gap, least) = (number(cell, "gap_ms", "max")?, number(cell, "pause_ms", "min")?);
-        ensure!(gap >= least * 0.98 - 0.02, "{cell}");
-    }
+    // On a busy host the VMM's pause may be longer than the guest's; none at all is seen if it is below 0.1 ms.
+    let seen = cell["gap_ms"]["count"].as_u64().unwrap_or_default();
+    ensure!(seen + cell["unseen"].as_u64().context("unseen")? == 2, "{cell}");
+    ensure!(mode != "full" || number(cell, "gap_ms", "max")? > pause / 2.0, "{cell}");
     let resident = |kind: &str| cell["resident"][kind].as_u64().unwrap_or_default();
     ensure!(resident("huge") + resident("small") > 48 << 20, "{cell}");
     if mode != "full" {

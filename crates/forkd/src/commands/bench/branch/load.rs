@@ -252,13 +252,17 @@ impl Taken {
     }
 
     /// Finds the gap of a pause of `pause_ns` between the instants `from_ns` and `to_ns`: the shortest that is long enough
-    /// to hold it.
+    /// to hold it. If none is, the longest: the VMM's clock runs from the first kick, when the guest runs yet, to
+    /// when it looks again after the resume, and on a busy host it may wait for a CPU at both ends.
     pub fn seen(&self, from_ns: u64, to_ns: u64, pause_ns: u64) -> Seen {
         let (from, to) = (from_ns.saturating_sub(self.slop_ns), to_ns + self.slop_ns);
         // The guest ticks once in a microsecond, and its clock and the host's differ by as little.
         let least = pause_ns.saturating_sub(pause_ns / 50 + 20_000);
-        let within = |gap: &&Gap| gap.to_ns > from && gap.from_ns < to && gap.ns() >= least;
-        let pause = self.gaps.iter().filter(within).min_by_key(|gap| gap.ns());
+        let within = || self.gaps.iter().filter(|gap| gap.to_ns > from && gap.from_ns < to);
+        let pause = within()
+            .filter(|gap| gap.ns() >= least)
+            .min_by_key(|gap| gap.ns())
+            .or_else(|| within().max_by_key(|gap| gap.ns()));
         let begun = pause.map_or(to, |gap| gap.to_ns);
         let longest = |from: u64, to: u64| {
             let inside = self.gaps.iter().filter(|gap| gap.from_ns >= from && gap.to_ns <= to);
@@ -318,9 +322,11 @@ mod tests {
         let taken = Taken { gaps, asked_ns: 200 * ms, ..Taken::default() };
         let seen = taken.seen(100 * ms, 120 * ms, 2_900_000);
         assert_eq!(seen, Seen { pause_ns: 3 * ms, after_ns: 9 * ms, noise_ns: 4 * ms });
-        // Nothing is as long as that: the rest is told all the same.
-        let seen = taken.seen(100 * ms, 120 * ms, 20 * ms);
-        assert_eq!((seen.pause_ns, seen.after_ns, seen.noise_ns), (0, 2 * ms, 4 * ms));
+        // Nothing is as long as that.
+        assert_eq!(taken.seen(100 * ms, 120 * ms, 20 * ms).pause_ns, 9 * ms);
+        // Nothing at all: the rest is told all the same.
+        let seen = taken.seen(130 * ms, 140 * ms, ms);
+        assert_eq!((seen.pause_ns, seen.after_ns, seen.noise_ns), (0, 2 * ms, 9 * ms));
         // Noise is looked for in as much time as there was after the pause.
         assert_eq!(taken.seen(190 * ms, 195 * ms, ms).noise_ns, 0);
     }

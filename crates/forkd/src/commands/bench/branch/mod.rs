@@ -39,6 +39,10 @@ const MAX_RING: u64 = 1536;
 /// RAM for which the measure of loading is meant.
 const CHAIN_MEM: u64 = 512;
 
+/// No chain at all.
+#[expect(clippy::reversed_empty_ranges, reason = "it is meant to be empty")]
+const NO_DEPTH: RangeInclusive<u32> = 1..=0;
+
 /// Measure what branches and snapshots of a running VM cost on this host
 ///
 /// For each RAM size a VM is booted whose guest has writers with rings of memory. It is branched and saved in each mode,
@@ -65,7 +69,7 @@ pub struct Args {
         default_value = "fork,diff,live,full"
     )]
     modes: Vec<Mode>,
-    /// Lengths of the chains of diffs that are loaded, as N or N..M; they are made of the guest with 512 MiB, or of the
+    /// Lengths of the chains of diffs that are loaded, as N, N..M or `none`; they are made of the guest with 512 MiB, or of the
     /// first if there is none of that size
     #[arg(long, value_name = "N..M", default_value = "0..8", value_parser = depths)]
     depths: RangeInclusive<u32>,
@@ -88,13 +92,16 @@ pub struct Args {
     output: OutputArgs,
 }
 
-/// `3` or `0..8`, both ends included.
+/// `3`, `0..8` with both ends, or `none`.
 fn depths(text: &str) -> Result<RangeInclusive<u32>, String> {
+    if text == "none" {
+        return Ok(NO_DEPTH);
+    }
     let number = |text: &str| text.parse::<u32>().ok().filter(|n| *n <= 64);
     let (from, to) = text.split_once("..").unwrap_or((text, text));
     match (number(from), number(to)) {
         (Some(from), Some(to)) if from <= to => Ok(from..=to),
-        _ => Err("depths are N or N..M, of 0 to 64".to_string()),
+        _ => Err("depths are N or N..M, of 0 to 64, or `none`".to_string()),
     }
 }
 
@@ -180,7 +187,7 @@ impl Args {
         let mut subject = Subject { paths, store, args: self, tag, mem_mib: mem, report };
         subject.save()?;
         let measured = subject.modes();
-        if with_chain {
+        if with_chain && !self.depths.is_empty() {
             let step = Step::begin(&format!("{mem} MiB: load, and chains of diffs"), quiet);
             subject.chain(&self.depths)?;
             step.done("");
@@ -263,6 +270,7 @@ mod tests {
         assert_eq!(args.rates, [Rate::Idle, Rate::MbPerSecond(50), Rate::Max]);
         assert_eq!((args.depths, args.rounds), (1..=3, 20));
         assert_eq!(args.modes.len(), 4);
+        assert!(parsed(&["--depths", "none"]).unwrap().depths.is_empty());
     }
 
     #[test]

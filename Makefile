@@ -13,6 +13,8 @@ GNU := x86_64-unknown-linux-gnu
 PREFIX ?= /usr/local
 # Seconds for each fuzz target of `make test` and `make fuzz`.
 FUZZ_SECONDS ?= 10
+# More arguments for `make bench-branch`: BENCH_ARGS="--mem 512 --rounds 5".
+BENCH_ARGS ?=
 
 .PHONY: help
 help: ## list the targets
@@ -58,6 +60,12 @@ doctor: build ## check this host
 .PHONY: bench
 bench: build kernel image ## measure what forks cost here
 	@$(FORKD) bench
+
+.PHONY: bench-branch
+bench-branch: build kernel image ## measure branches and snapshots, and plot it (most of an hour)
+	@packaging/debian-packages.sh plot
+	@$(FORKD) bench branch $(BENCH_ARGS) --save bench/branch.json
+	@bench/plot.py bench/branch.json
 
 .PHONY: test
 test: ## run all checks and tests

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs the Debian packages that a part of forkd needs, unless they are there.
 #
-#   packaging/debian-packages.sh build|image|test...
+#   packaging/debian-packages.sh build|image|test|plot...
 #
 # The guest kernel's packages are named in guest/kernel/build.sh.
 set -euo pipefail
@@ -20,10 +20,11 @@ for part in "$@"; do
     image) packages+=(mmdebstrap erofs-utils debian-archive-keyring gzip tar util-linux xz-utils zstd) ;;
     # cpio checks our initramfs; g++ builds libFuzzer; strace makes system calls fail.
     test) packages+=(cpio g++ procps shellcheck strace) ;;
-    *) die "unknown part \"$part\": build, image or test" ;;
+    plot) packages+=(python3-matplotlib) ;;
+    *) die "unknown part \"$part\": build, image, test or plot" ;;
     esac
 done
-((${#packages[@]} > 0)) || die "usage: packaging/debian-packages.sh build|image|test..."
+((${#packages[@]} > 0)) || die "usage: packaging/debian-packages.sh build|image|test|plot..."
 
 missing=()
 for package in "${packages[@]}"; do

@@ -1,19 +1,20 @@
 //! `forkd bench`: what forks cost on this host.
 
-mod branches;
+mod branch;
+mod floor;
 mod measure;
 mod stats;
 
-use std::process::{Command, ExitCode, Stdio};
+use std::process::ExitCode;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use forkd_api::types::Timing;
 use forkd_vm::Host;
 use serde::Serialize;
 
 use crate::cleanup::{self, Guard};
 use crate::cli::OutputArgs;
-use crate::commands::bench_floor::Floor;
+use crate::commands::bench_floor::{Floor, Kind};
 use crate::commands::image::{self, PYTHON};
 use crate::commands::snapshot::{Created, Plan, Warm, create, where_it_went};
 use crate::paths::Paths;
@@ -68,7 +69,7 @@ pub struct Args {
 
 #[derive(Debug, clap::Subcommand)]
 enum Verb {
-    Branch(branches::Args),
+    Branch(branch::Args),
 }
 
 /// One measure, as told.
@@ -162,7 +163,7 @@ impl Args {
         let record = &source.record;
         let resident = Anonymous::of(record.pid)?;
         let step = Step::begin("floor: fork(2) and a bare KVM VM", self.output.json);
-        let floor = self.floor(source, resident)?;
+        let floor = floor::of(Kind::Child, record, resident, self.rounds)?;
         step.done("");
         let measures =
             Measures::take(paths, source, self.rounds, self.children as usize, self.output.json)?;
@@ -177,24 +178,6 @@ impl Args {
             boot: created.map(|c| c.boot),
             measures: rows(&floor, &measures, created),
         })
-    }
-
-    fn floor(&self, source: &Live, resident: Anonymous) -> Result<Floor> {
-        let output = Command::new("/proc/self/exe")
-            .arg("bench-floor")
-            .args(["--mem", &source.record.mem_mib.to_string()])
-            .args(["--huge", &resident.huge.to_string()])
-            .args(["--small", &resident.small.to_string()])
-            .args(["--vcpus", &source.record.vcpus.to_string()])
-            .args(["--rounds", &self.rounds.to_string()])
-            .stdin(Stdio::null())
-            .stderr(Stdio::inherit())
-            .output()
-            .context("cannot start forkd bench-floor")?;
-        if !output.status.success() {
-            bail!("forkd bench-floor failed: {}", output.status);
-        }
-        serde_json::from_slice(&output.stdout).context("forkd bench-floor said something odd")
     }
 }
 

@@ -15,6 +15,7 @@
 
 mod bad_boots;
 mod bad_input;
+mod bench;
 mod branch;
 mod cli;
 mod command;
@@ -49,6 +50,7 @@ fn tests() -> Vec<runner::Test> {
         cli::WITHOUT_GUEST,
         durable::TESTS,
         bad_input::TESTS,
+        bench::WITHOUT_GUEST,
         cli::WITH_GUEST,
         fork::TESTS,
         isolation::TESTS,
@@ -67,6 +69,7 @@ fn tests() -> Vec<runner::Test> {
         diffs::TESTS,
         smp::TESTS,
         matrix::TESTS,
+        bench::TESTS,
         bad_boots::TESTS,
     ]
     .concat()

@@ -157,7 +157,7 @@ impl Running {
         self.go_on();
         let pause = clock.stop();
         let waiting = request.wait.then_some(id);
-        let armed = armed.map_err(live::Unarmed::clear);
+        let armed = armed.map_err(|unarmed| unarmed.clear());
         let capturing = match armed.and_then(|armed| armed.go(waiting, requested_ns, pause)) {
             Ok(capturing) => capturing,
             Err(why) => return Ok(Err(Refusal::new(500, why))),

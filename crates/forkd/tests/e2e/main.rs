@@ -37,6 +37,7 @@ mod smp;
 mod snapshots;
 mod strace;
 mod vm;
+mod writing;
 
 use std::process::ExitCode;
 
@@ -55,6 +56,7 @@ fn tests() -> Vec<runner::Test> {
         branch::TESTS,
         live::TESTS,
         forced_failures::TESTS,
+        writing::TESTS,
         simd::TESTS,
         memory::TESTS,
         io_under_load::TESTS,

@@ -167,7 +167,7 @@ impl Prepared {
         quiesced: &Quiesced,
         generation: u32,
         clock: &mut PauseClock,
-    ) -> Result<Armed, Unarmed> {
+    ) -> Result<Armed, Box<Unarmed>> {
         let Self { staged, memory, facts, fds } = self;
         let begun: Result<LiveCapture, (String, Option<LiveCapture>)> = (|| {
             let without = |why: String| (why, None);
@@ -194,7 +194,7 @@ impl Prepared {
         })();
         match begun {
             Ok(capture) => Ok(Armed { capture, staged }),
-            Err((why, capture)) => Err(Unarmed { why, capture, staged }),
+            Err((why, capture)) => Err(Box::new(Unarmed { why, capture, staged })),
         }
     }
 

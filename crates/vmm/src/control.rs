@@ -11,7 +11,9 @@ use forkd_sys::signal::{SignalFd, SignalSet};
 use serde::Serialize;
 
 use crate::VmmError;
+use crate::fork::Birth;
 use crate::fork::offspring::{AnswerAs, Answered, Offspring};
+use crate::requests::{Refusal, VmmAction};
 
 /// Reactor tokens. Ranges do not overlap; each subscriber owns one.
 pub mod tokens {
@@ -141,4 +143,41 @@ pub enum Handled {
     Terminate,
     /// Requests for the role to act on.
     Requests(Vec<(RequestId, Request)>),
+}
+
+/// What an event means for a role's loop.
+pub(crate) enum Flow {
+    /// Wait for the next.
+    Go,
+    /// End in good order, with this exit status.
+    Exit(u8),
+    /// This process is a child now.
+    Child(Box<Birth>),
+}
+
+/// What a process is for, as far as the API knows it.
+pub(crate) trait Serve {
+    /// The common part.
+    fn control(&mut self) -> &mut Control;
+
+    /// Does what a client asks for, or refuses to.
+    fn act(&mut self, id: RequestId, action: VmmAction) -> io::Result<Result<Flow, Refusal>>;
+
+    /// Acts on requests, one after the other, until one ends this role.
+    fn on_requests(&mut self, requests: Vec<(RequestId, Request)>) -> io::Result<Flow> {
+        for (id, request) in requests {
+            let outcome = match VmmAction::parse(&request) {
+                Ok(action) => self.act(id, action)?,
+                Err(refusal) => Err(refusal),
+            };
+            match outcome {
+                Ok(Flow::Go) => {}
+                Ok(other) => return Ok(other),
+                Err(Refusal { status, message }) => {
+                    self.control().answer_fault(id, status, message)?;
+                }
+            }
+        }
+        Ok(Flow::Go)
+    }
 }

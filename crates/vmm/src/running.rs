@@ -9,7 +9,6 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use forkd_agent::protocol::init::{Identity, Reason};
-use forkd_api::http::Request;
 use forkd_api::server::RequestId;
 use forkd_api::types::{
     Action, ChildResult, ChildSpec, DesiredState, InstanceInfo, Timing, VmConfig, VmInfo, VmPhase,
@@ -19,12 +18,10 @@ use forkd_sys::clock::{monotonic_ns, realtime_ns};
 use forkd_sys::reactor::{Reactor, Readiness};
 
 use crate::agent_link::{AgentLink, HELLO_PORT, LinkEvent, NOTICE_PORT};
-use crate::control::{Control, Handled, tokens};
+use crate::control::{Control, Flow, Handled, Serve, tokens};
 use crate::fork::crowd::Token;
 use crate::fork::offspring::AnswerAs;
-use crate::fork::{
-    Birth, Destiny, Forked, PauseClock, Quiesced, child, crowd_of, fork_all, report_pipes,
-};
+use crate::fork::{Destiny, Forked, PauseClock, Quiesced, child, crowd_of, fork_all, report_pipes};
 use crate::machine::engine::Engine;
 use crate::machine::{Gate, Machine};
 use crate::process::{Next, VmmError, report, tell};
@@ -47,15 +44,6 @@ pub enum Announce {
 struct Waiter {
     request: RequestId,
     deadline: Instant,
-}
-
-/// What an event means for the loop.
-pub(crate) enum Flow {
-    Go,
-    /// End in good order, with this exit status.
-    Exit(u8),
-    /// This process is a child now.
-    Child(Box<Birth>),
 }
 
 /// A VM that runs.
@@ -373,22 +361,11 @@ impl Running {
         self.machine.set_gate(Gate::Refuse(why));
         Ok(())
     }
+}
 
-    fn on_requests(&mut self, requests: Vec<(RequestId, Request)>) -> io::Result<Flow> {
-        for (id, request) in requests {
-            let outcome = match VmmAction::parse(&request) {
-                Ok(action) => self.act(id, action)?,
-                Err(refusal) => Err(refusal),
-            };
-            match outcome {
-                Ok(Flow::Go) => {}
-                Ok(other) => return Ok(other),
-                Err(Refusal { status, message }) => {
-                    self.control.answer_fault(id, status, message)?;
-                }
-            }
-        }
-        Ok(Flow::Go)
+impl Serve for Running {
+    fn control(&mut self) -> &mut Control {
+        &mut self.control
     }
 
     fn act(&mut self, id: RequestId, action: VmmAction) -> io::Result<Result<Flow, Refusal>> {
@@ -434,7 +411,9 @@ impl Running {
         }
         Ok(Ok(Flow::Go))
     }
+}
 
+impl Running {
     fn info(&self) -> VmInfo {
         VmInfo {
             record: self.record.clone(),
@@ -520,6 +499,10 @@ impl Running {
         if let Err(error) = self.machine.ram().check_fork() {
             return Ok(Err(Refusal::new(409, error.to_string())));
         }
+        let form = match destiny {
+            Destiny::Vm => AnswerAs::Fork,
+            Destiny::Zygote | Destiny::Writer(_) => AnswerAs::Zygote,
+        };
         let pipes = report_pipes(specs.len());
         let crowd = crowd_of(specs.len(), self.machine.waking_limit());
         let mut clock = PauseClock::start();
@@ -529,15 +512,11 @@ impl Running {
         };
         let delivered = match fork_all(&quiesced, specs, pipes, crowd, destiny, requested_ns) {
             Forked::Child(birth) => return Ok(Ok(Flow::Child(birth))),
-            Forked::Source(delivered) => delivered,
+            Forked::Source(delivered, _) => delivered,
         };
         clock.forked();
         self.go_on();
         let pause = clock.stop();
-        let form = match destiny {
-            Destiny::Vm => AnswerAs::Fork,
-            Destiny::Zygote | Destiny::Writer => AnswerAs::Zygote,
-        };
         let offspring = &mut self.control.offspring;
         let batch = offspring.open_batch(Some(request), form, delivered.len(), None);
         offspring.set_source_pause(batch, pause);

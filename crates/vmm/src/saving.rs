@@ -10,11 +10,11 @@ use forkd_snapshot::Mode;
 use forkd_sys::clock::monotonic_ns;
 use forkd_sys::reactor::Interest;
 
-use crate::control::tokens;
+use crate::control::{Flow, tokens};
 use crate::fork::offspring::AnswerAs;
 use crate::fork::{Forked, PauseClock};
 use crate::requests::Refusal;
-use crate::running::{Flow, Running};
+use crate::running::Running;
 use crate::snapshot::{self, Errand, WRITE_TIMEOUT, live};
 
 impl Running {
@@ -111,7 +111,7 @@ impl Running {
         let errand = Errand { staged, mode: Mode::Diff };
         let delivered = match snapshot::fork_writer(&quiesced, tag, errand, requested_ns) {
             Forked::Child(birth) => return Ok(Ok(Flow::Child(birth))),
-            Forked::Source(delivered) => delivered,
+            Forked::Source(delivered, _) => delivered,
         };
         clock.forked();
         self.go_on();

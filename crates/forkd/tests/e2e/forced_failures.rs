@@ -26,16 +26,16 @@ use crate::strace::{Call, Traced, call_of, delaying, failing, of_first_request};
 use crate::vm::{Branched, Vm};
 
 pub const TESTS: &[Test] = tests!["forced_failures":
-    of_each_call_of_a_branch 120,
-    of_each_call_of_a_branch_of_a_paused_vm 120,
-    of_each_call_of_mode_fork 120,
-    of_each_call_of_mode_diff 120,
-    of_each_call_of_mode_live 120,
-    of_each_call_of_mode_full 120,
-    without_descriptors_the_vm_goes_on 120,
-    on_a_full_disk_the_vm_goes_on 120,
     a_writer_killed_while_it_is_armed 60,
     a_tag_that_is_taken_meanwhile 60,
+    on_a_full_disk_the_vm_goes_on 120,
+    without_descriptors_the_vm_goes_on 120,
+    of_each_call_of_mode_live 120,
+    of_each_call_of_mode_diff 120,
+    of_each_call_of_mode_fork 120,
+    of_each_call_of_a_branch 120,
+    of_each_call_of_a_branch_of_a_paused_vm 120,
+    of_each_call_of_mode_full 120,
 ];
 
 /// Waits, which the kernel does not refuse, and for which the C library ends the process; what gives back: a failed

@@ -156,6 +156,9 @@ pub struct ChildResult {
     /// Why it failed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
+    /// Of the writer of a durable snapshot: the root hash of what it has written, 64 hex digits.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub root: Option<String>,
     /// Time marks up to `running_ns`.
     pub timing: Timing,
 }
@@ -350,6 +353,9 @@ pub struct RestoreConfig {
     /// Become a VM of this name, which runs; without it, a zygote.
     #[serde(default)]
     pub run_as: Option<String>,
+    /// With [`RestoredMemory::MemfdPrivate`]: number of the descriptor of the memfd, which the process is started with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memfd: Option<i32>,
 }
 
 /// What the RAM of a loaded snapshot is. The names are those of `--memory`.
@@ -362,6 +368,10 @@ pub enum RestoredMemory {
     /// A memfd of its own, mapped shared, which the files are copied to: what mode `live` needs. It cannot be forked,
     /// so it is not for a zygote.
     MemfdShared,
+    /// A memfd that has the snapshot's memory, mapped privately. All children of a load map the same one.
+    MemfdPrivate,
+    /// Memory that is loaded from the files as it is touched. A zygote cannot have such.
+    Userfault,
 }
 
 /// One block device.
@@ -452,6 +462,12 @@ mod tests {
             RestoreConfig { id: "vm-1".into(), memory, run_as: Some("web".into()), ..config },
             shared,
         );
+        let private = json!({
+            "restore_from": "a", "store": "/s", "id": "vm-1", "dir": "/d", "root": "/r",
+            "memory": "memfd-private", "run_as": "web", "memfd": 7,
+        });
+        let config = serde_json::from_value::<RestoreConfig>(private).expect("decodes");
+        assert_eq!((config.memory, config.memfd), (RestoredMemory::MemfdPrivate, Some(7)));
         let receipt = json!({
             "source": {"pause_us": 9, "quiesce_us": 1, "save_us": 2, "fork_us": 3}, "ready_us": 4,
         });

@@ -6,6 +6,7 @@
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -24,7 +25,9 @@ use crate::vm_client::VmClient;
 
 /// How long a VM process has to load the kernel and start its vCPUs. It takes milliseconds; RAM of 64 GiB and a
 /// cold disk take longer.
-const START: Duration = Duration::from_secs(60);
+pub const START: Duration = Duration::from_secs(60);
+/// The program that runs, whatever its file has become since it was started.
+pub const THIS_PROGRAM: &str = "/proc/self/exe";
 /// Most bytes of its first line, and of what is read of its logs.
 const MAX_LINE: u64 = 64 << 10;
 const LOG_TAIL: u64 = 64 << 10;
@@ -45,12 +48,27 @@ struct Logs {
     vmm: Option<File>,
 }
 
+/// How a VM process is started.
+#[derive(Debug, Clone, Copy)]
+pub struct Launch<'a> {
+    /// The `forkd` that is run.
+    pub program: &'a Path,
+    /// How long it has to say that all is well.
+    pub start: Duration,
+}
+
+impl Default for Launch<'_> {
+    fn default() -> Self {
+        Self { program: Path::new(THIS_PROGRAM), start: START }
+    }
+}
+
 /// Starts a VM process; returns once its vCPUs run.
 ///
 /// # Errors
 /// It could not be started, or said why it can't run. Nothing is left.
 pub fn start(config: &VmConfig) -> Result<Booted> {
-    launch(config, &config.id, &config.name, &config.dir)
+    launch(config, &config.name, &config.dir, Launch::default(), Vec::new())
 }
 
 /// The same for a zygote from a durable snapshot, which returns once it can be forked, or for a VM from one.
@@ -58,20 +76,49 @@ pub fn start(config: &VmConfig) -> Result<Booted> {
 /// # Errors
 /// As [`start`].
 pub fn restore(config: &RestoreConfig) -> Result<Booted> {
-    let name = config.run_as.as_deref().unwrap_or(&config.id);
-    launch(config, &config.id, name, &config.dir)
+    restore_with(config, Launch::default(), None)
 }
 
-fn launch<T: Serialize>(config: &T, id: &str, name: &str, dir: &Path) -> Result<Booted> {
+/// The same with another program or time limit, and with a memfd for [`RestoreConfig::memfd`].
+///
+/// # Errors
+/// As [`start`].
+pub fn restore_with(
+    config: &RestoreConfig,
+    how: Launch<'_>,
+    memfd: Option<BorrowedFd<'_>>,
+) -> Result<Booted> {
+    let memfd = memfd.map(|fd| fd.try_clone_to_owned()).transpose();
+    let memfd = memfd.context("cannot share the memfd of its RAM")?;
+    let number = memfd.as_ref().map(AsRawFd::as_raw_fd);
+    let config = RestoreConfig { memfd: number, ..config.clone() };
+    let name = config.run_as.as_deref().unwrap_or(&config.id);
+    launch(&config, name, &config.dir, how, memfd.into_iter().collect())
+}
+
+/// A run directory has the name of the VM's id.
+fn launch<T: Serialize>(
+    config: &T,
+    name: &str,
+    dir: &Path,
+    how: Launch<'_>,
+    inherit: Vec<OwnedFd>,
+) -> Result<Booted> {
+    let id = dir.file_name().unwrap_or_default().to_string_lossy();
     let text = serde_json::to_vec(config).context("cannot write the VM's configuration as JSON")?;
     // Not by its path: the file may have been replaced since this command was started.
-    let mut command = Command::new("/proc/self/exe");
+    let mut command = Command::new(how.program);
     command.arg0("forkd").arg("vm").arg(format!("--id={id}"));
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    let options =
-        SpawnOptions { new_session: true, cwd: Some(PathBuf::from("/")), ..Default::default() };
+    let options = SpawnOptions {
+        new_session: true,
+        cwd: Some(PathBuf::from("/")),
+        inherit,
+        ..Default::default()
+    };
     prepare(&mut command, options).context("cannot prepare the VM's process")?;
-    let mut child = command.spawn().context("cannot start the VM's process")?;
+    let failed = || format!("cannot start the VM's process, {}", how.program.display());
+    let mut child = command.spawn().with_context(failed)?;
     let mut stdin = child.stdin.take().context("the VM's process has no standard input")?;
     let child = Arc::new(Mutex::new(child));
     let guard = Guard::new({
@@ -84,7 +131,7 @@ fn launch<T: Serialize>(config: &T, id: &str, name: &str, dir: &Path) -> Result<
     // If it died already, it says why on its output.
     let sent = stdin.write_all(&text).and_then(|()| stdin.flush());
     drop(stdin);
-    let said = first_line(&child);
+    let said = first_line(&child, how.start);
     let line = match (said, sent) {
         (Ok(line), _) => line,
         (Err(_), Err(e)) => return Err(e).context("cannot configure the VM's process"),
@@ -114,14 +161,14 @@ fn check_started(line: &str, dir: &Path) -> Result<()> {
 }
 
 /// Reads the one line that a VM process says.
-fn first_line(child: &Mutex<Child>) -> Result<String> {
+fn first_line(child: &Mutex<Child>, limit: Duration) -> Result<String> {
     let (stdout, stderr) = {
         let mut child = child.lock().unwrap_or_else(PoisonError::into_inner);
         (child.stdout.take(), child.stderr.take())
     };
     let stdout = stdout.context("the VM's process has no standard output")?;
-    if !wait_readable(&stdout, Some(START)).context("cannot wait for the VM's process")? {
-        bail!("the VM's process did not start its vCPUs within {} s", START.as_secs());
+    if !wait_readable(&stdout, Some(limit)).context("cannot wait for the VM's process")? {
+        bail!("the VM's process did not start its vCPUs within {} s", limit.as_secs());
     }
     let mut line = String::new();
     BufReader::new(stdout.take(MAX_LINE))

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use forkd_api::types::{ChildSpec, RestoreConfig, RestoredMemory};
+use forkd_api::types::{RestoreConfig, RestoredMemory};
 use forkd_image::ImageStore;
 use forkd_snapshot::{ImageRef, Snapshot, SnapshotError, Status};
 
@@ -119,6 +119,7 @@ pub fn find(paths: &Paths, tag: &str) -> Result<Live> {
         root,
         memory: RestoredMemory::File,
         run_as: None,
+        memfd: None,
     };
     match boot::restore(&config) {
         Ok(zygote) => zygote.keep(),
@@ -128,18 +129,12 @@ pub fn find(paths: &Paths, tag: &str) -> Result<Live> {
     live()?.with_context(|| format!("snapshot {tag} was loaded, and has ended since"))
 }
 
-/// What each of `children` is started with, to be a VM from the durable snapshot `tag`.
+/// The root image of a durable snapshot that is there.
 ///
 /// # Errors
 /// There is no such durable snapshot, or its image is not here.
-pub fn configs(
-    paths: &Paths,
-    tag: &str,
-    children: &[ChildSpec],
-    memory: RestoredMemory,
-) -> Result<Vec<RestoreConfig>> {
+pub fn durable_with_root(paths: &Paths, tag: &str) -> Result<PathBuf> {
     forkd_image::check_tag(tag).map_err(anyhow::Error::msg)?;
-    let store = paths.snapshot_store();
     let snapshot = match on_disk(paths, tag)? {
         Ok(snapshot) => snapshot,
         Err(SnapshotError::NotFound(_)) => {
@@ -151,17 +146,7 @@ pub fn configs(
         }
         Err(error) => return Err(error.into()),
     };
-    let root = root_image(paths, tag, &snapshot.manifest().image)?;
-    let config = |child: &ChildSpec| RestoreConfig {
-        restore_from: tag.to_string(),
-        store: store.clone(),
-        id: child.id.clone(),
-        dir: child.dir.clone(),
-        root: root.clone(),
-        memory,
-        run_as: Some(child.name.clone()),
-    };
-    Ok(children.iter().map(config).collect())
+    root_image(paths, tag, &snapshot.manifest().image)
 }
 
 /// The durable snapshot of a tag. Without a store there is none; the outer error is that of one that can't be opened.

@@ -39,7 +39,11 @@ pub fn snapshots(paths: &Paths) -> Result<Vec<Live>> {
     living(&paths.snapshots())
 }
 
-fn living(dir: &Path) -> Result<Vec<Live>> {
+/// What lives in a directory of run directories, once what died there is swept.
+///
+/// # Errors
+/// It can't be read or swept.
+pub fn living(dir: &Path) -> Result<Vec<Live>> {
     run_dir::sweep(dir)?;
     let entries = match std::fs::read_dir(dir) {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -138,14 +142,16 @@ pub fn require_free_names(paths: &Paths, names: &[String]) -> Result<()> {
     let clash =
         taken.iter().find(|l| names.contains(&l.record.name) || names.contains(&l.record.id));
     match clash {
-        Some(live) => bail!(
-            "a VM named {} runs already ({}): pick another --name, or end it with `forkd kill {}`",
-            live.record.name,
-            live.record.id,
-            live.record.id
-        ),
+        Some(live) => bail!("{}", name_taken(&live.record)),
         None => Ok(()),
     }
+}
+
+/// That there is a VM of that name.
+pub fn name_taken(VmRecord { name, id, .. }: &VmRecord) -> String {
+    format!(
+        "a VM named {name} runs already ({id}): pick another --name, or end it with `forkd kill {id}`"
+    )
 }
 
 #[cfg(test)]

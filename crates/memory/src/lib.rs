@@ -25,7 +25,10 @@ pub mod ram;
 #[cfg(test)]
 mod testing;
 
-pub use backend::{BranchMode, FileExtent, MemoryBackend, PageSource, Sharing, WorkingSet};
+pub use backend::{
+    BranchMode, FileExtent, LoadStatus, MemoryBackend, PageSource, Sharing, SourceFailure,
+    WorkingSet,
+};
 pub use error::MemoryError;
 pub use layout::{MMIO_HOLE_END, MMIO_HOLE_START, layout};
 pub use memfd::{MemfdError, MemfdOptions, MemfdRegion};

@@ -9,7 +9,7 @@
 //! <tag>/verified.json    when it was last verified: see [`Store::load`]
 //! ```
 //!
-//! A flat snapshot has all of memory, a diff only what changed since its parent. [`Store::stage`]
+//! A flat snapshot has all of memory, a diff only what differs from its parent. [`Store::stage`]
 //! begins one, [`Staged::commit`] publishes it, [`Store::load`] resolves a chain to extents that are
 //! mapped over one another. docs/snapshots.md has the rules.
 //!
@@ -20,6 +20,7 @@
 //! forked child may do with it.
 #![forbid(unsafe_code)]
 
+mod below;
 mod chain;
 mod compact;
 mod digest;

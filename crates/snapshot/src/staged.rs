@@ -19,6 +19,7 @@ use std::sync::Arc;
 
 use forkd_sys::lock::FileLock;
 
+use crate::below::{Below, Parents};
 use crate::chain::Layer;
 use crate::digest::Digest;
 use crate::io::{Io, Renaming};
@@ -43,6 +44,8 @@ pub struct Staged {
     /// `.staging-<tag>-<random>`.
     dir: PathBuf,
     parent: Option<Parent>,
+    /// The parent's files, from the first use on.
+    below: Option<Parents>,
     memory: Option<PageWriter>,
     disks: Vec<PageWriter>,
     state: Option<SmallFile>,
@@ -67,7 +70,17 @@ impl Staged {
         lock: FileLock,
     ) -> Self {
         let tag = tag.to_string();
-        Self { store, tag, dir, parent, memory: None, disks: vec![], state: None, lock }
+        Self {
+            store,
+            tag,
+            dir,
+            parent,
+            below: None,
+            memory: None,
+            disks: vec![],
+            state: None,
+            lock,
+        }
     }
 
     /// Its tag-to-be.
@@ -83,7 +96,8 @@ impl Staged {
     /// The descriptors that a forked child which goes on with it has to keep.
     pub fn kept_fds(&self) -> Vec<RawFd> {
         let files = self.memory.iter().chain(&self.disks).map(PageWriter::fd);
-        files.chain([self.lock.as_fd().as_raw_fd()]).collect()
+        let below = self.below.iter().flat_map(Parents::fds);
+        files.chain(below).chain([self.lock.as_fd().as_raw_fd()]).collect()
     }
 
     /// Whether somebody has deleted it meanwhile. Then there is no point in going on.
@@ -92,28 +106,31 @@ impl Staged {
     }
 
     /// The writer of RAM, `bytes` long; once. Offsets are RAM offsets. What a flat snapshot is not
-    /// given is zero, what a diff is not given is the parent's.
+    /// given is zero, what a diff is not given is the parent's; of what it is given it keeps what
+    /// differs from that.
     ///
     /// # Errors
     /// [`SnapshotError::Misuse`] if there is one already or the length is no multiple of 4096;
-    /// [`SnapshotError::Cancelled`]; or the file cannot be made.
+    /// [`SnapshotError::Cancelled`]; what is wrong with the parent; or the file cannot be made.
     pub fn memory(&mut self, bytes: u64) -> Result<PageWriter, SnapshotError> {
         let shape = Shape { len: bytes, whole: self.parent.is_none(), absent_is_zero: true };
         let path = self.file(MEMORY);
         if self.memory.is_some() {
             return Err(SnapshotError::misuse(&path, "memory is written already"));
         }
-        let writer = self.paged(path, shape)?;
+        let below = self.below()?.and_then(|parent| parent.memory(bytes));
+        let writer = self.paged(path, shape, below)?;
         Ok(self.memory.insert(writer).clone())
     }
 
     /// The writer of the next disk's writable layer, from disk 0 on. With `whole`, which layers can
     /// afford as they are small, blocks that it is not given are those of the disk's base image;
-    /// otherwise, in a diff, they are the parent's.
+    /// otherwise, in a diff, they are the parent's, and what is given is kept if it differs from that.
     ///
     /// # Errors
     /// [`SnapshotError::Misuse`] if there are 32 already, the length is no multiple of 4096, or it is
-    /// not whole in a flat snapshot; [`SnapshotError::Cancelled`]; or the file cannot be made.
+    /// not whole in a flat snapshot; [`SnapshotError::Cancelled`]; what is wrong with the parent; or
+    /// the file cannot be made.
     pub fn disk(&mut self, bytes: u64, whole: bool) -> Result<PageWriter, SnapshotError> {
         let path = self.file(&disk_name(self.disks.len()));
         if self.disks.len() == MAX_DISKS {
@@ -125,18 +142,38 @@ impl Staged {
         if !whole && self.parent.is_none() {
             return Err(SnapshotError::misuse(&path, "without a parent, a disk must be whole"));
         }
-        let writer = self.paged(path, Shape { len: bytes, whole, absent_is_zero: false })?;
+        let index = self.disks.len();
+        let below = match whole {
+            true => None,
+            false => self.below()?.and_then(|parent| parent.disk(index, bytes)),
+        };
+        let shape = Shape { len: bytes, whole, absent_is_zero: false };
+        let writer = self.paged(path, shape, below)?;
         self.disks.push(writer.clone());
         Ok(writer)
     }
 
-    fn paged(&self, path: PathBuf, shape: Shape) -> Result<PageWriter, SnapshotError> {
+    /// The parent's files, of a diff.
+    fn below(&mut self) -> Result<Option<&Parents>, SnapshotError> {
+        if let (None, Some(parent)) = (&self.below, &self.parent) {
+            let opened = Parents::open(&self.store, &self.tag, parent);
+            self.below = Some(opened.map_err(|error| self.explain(error))?);
+        }
+        Ok(self.below.as_ref())
+    }
+
+    fn paged(
+        &self,
+        path: PathBuf,
+        shape: Shape,
+        below: Option<Below>,
+    ) -> Result<PageWriter, SnapshotError> {
         if !shape.len.is_multiple_of(PAGE_SIZE) || shape.len > MAX_FILE {
             let what = format!("a length of {} bytes is not possible", shape.len);
             return Err(SnapshotError::misuse(&path, what));
         }
         let io = Arc::clone(self.store.io());
-        PageWriter::create(io, path, self.dir.clone(), &self.tag, shape)
+        PageWriter::create(io, path, self.dir.clone(), &self.tag, shape, below)
             .map_err(|error| self.explain(error))
     }
 

@@ -9,6 +9,7 @@ use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 
 use crate::chain::MAX_DEPTH;
+use crate::digest::Digest;
 use crate::io::{Io, Kernel, Renaming};
 use crate::manifest::{MANIFEST, Manifest, Parent};
 use crate::names::{
@@ -216,13 +217,33 @@ impl Store {
     /// whatever is wrong with its chain, or that the chain would be too deep; or the store cannot be
     /// written.
     pub fn stage(&self, tag: &str, parent: Option<&str>) -> Result<Staged, SnapshotError> {
+        self.stage_with(tag, || parent.map(|parent| self.parent_for(tag, parent)).transpose())
+    }
+
+    /// Begins a diff over a snapshot that was known before: by its root, or compacted since.
+    ///
+    /// # Errors
+    /// As [`Store::stage`]; [`SnapshotError::ParentMissing`] and [`SnapshotError::ParentChanged`] if what
+    /// has that tag now is not it.
+    pub fn stage_over(&self, tag: &str, parent: &Parent) -> Result<Staged, SnapshotError> {
+        self.stage_with(tag, || {
+            self.check_parent(tag, parent)?;
+            self.parent_for(tag, &parent.tag).map(Some)
+        })
+    }
+
+    fn stage_with(
+        &self,
+        tag: &str,
+        parent: impl FnOnce() -> Result<Option<Parent>, SnapshotError>,
+    ) -> Result<Staged, SnapshotError> {
         check_tag(tag)?;
         let (staged, trash) = {
             let _names = self.lock_names()?;
             if self.dir.join(tag).exists() {
                 return Err(SnapshotError::Exists(tag.to_string()));
             }
-            let parent = parent.map(|parent| self.parent_for(tag, parent)).transpose()?;
+            let parent = parent()?;
             let mut trash = Vec::new();
             for old in self.scan()?.1.iter().filter(|h| h.tag == tag) {
                 match old.status()? {
@@ -307,6 +328,24 @@ impl Store {
         let _names = self.share_names()?;
         let manifest = self.manifest(tag)?;
         Ok(Snapshot::new(self.dir.join(tag), manifest))
+    }
+
+    /// Calls `f` with the directory of a snapshot, while nobody renames or removes it: for what is kept beside the
+    /// snapshot and is no part of it, as a hint that may be lost or wrong.
+    ///
+    /// # Errors
+    /// As [`Store::get`]; [`SnapshotError::NotFound`] if the tag is another snapshot's by now.
+    pub fn beside<R>(
+        &self,
+        tag: &str,
+        root: Digest,
+        f: impl FnOnce(&Path) -> R,
+    ) -> Result<R, SnapshotError> {
+        let _names = self.share_names()?;
+        if !self.manifest(tag)?.answers_to(root) {
+            return Err(SnapshotError::NotFound(tag.to_string()));
+        }
+        Ok(f(&self.dir.join(tag)))
     }
 
     /// The caller has the names locked, as in all that does not lock them itself.

@@ -14,6 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 use rustix::io::Errno;
 
 use crate::SnapshotError;
+use crate::below::Below;
 use crate::digest::{
     BLOCK_SIZE, PAGE, PAGE_SIZE, PAGES_PER_BLOCK, PageHash, PageSet, block_hash, is_zero, page_hash,
 };
@@ -57,6 +58,8 @@ struct Inner {
     home: PathBuf,
     tag: String,
     shape: Shape,
+    /// What a diff is over.
+    below: Option<Below>,
     blocks: Vec<Mutex<Block>>,
     written: AtomicU64,
     /// No more is written: what is published must not change. Writers share it while they write.
@@ -77,12 +80,24 @@ impl PageWriter {
         home: PathBuf,
         tag: &str,
         shape: Shape,
+        below: Option<Below>,
     ) -> Result<Self, SnapshotError> {
         let file =
             io.create(&path, shape.len).map_err(|e| SnapshotError::io("create", &path, e))?;
         let blocks = (0..block_count(shape.len)).map(|_| Mutex::default()).collect();
         let (tag, written, sealed) = (tag.to_string(), AtomicU64::new(0), RwLock::new(false));
-        Ok(Self(Arc::new(Inner { io, file, path, home, tag, shape, blocks, written, sealed })))
+        Ok(Self(Arc::new(Inner {
+            io,
+            file,
+            path,
+            home,
+            tag,
+            shape,
+            below,
+            blocks,
+            written,
+            sealed,
+        })))
     }
 
     /// Length of the file in bytes.
@@ -108,7 +123,8 @@ impl PageWriter {
     }
 
     /// Writes whole pages at an offset in bytes, a multiple of 4096. Pages that are zero take no room
-    /// on the disk; in a diff they count as changed to zero. The bytes must not change during the call.
+    /// on the disk; in a diff, those that are as in the parent are not kept, and zero pages that are not
+    /// zero there count as changed to zero. The bytes must not change during the call.
     ///
     /// # Errors
     /// [`SnapshotError::Misuse`] if the range is not of whole pages within the file, or the snapshot is
@@ -141,8 +157,14 @@ impl PageWriter {
         while at < range.end {
             let end = range.end.min((at / BLOCK_SIZE + 1) * BLOCK_SIZE);
             let first = (at % BLOCK_SIZE / PAGE_SIZE) as usize;
-            let count = ((end - at) / PAGE_SIZE) as usize;
-            self.0.set_zero(at / BLOCK_SIZE, first..first + count)?;
+            let theirs = match &self.0.below {
+                Some(below) => below.zero(&(at..end))?,
+                None => vec![false; ((end - at) / PAGE_SIZE) as usize],
+            };
+            let known = self.0.known(at / BLOCK_SIZE, first, theirs);
+            for run in runs(&known, |known| !known) {
+                self.0.set_zero(at / BLOCK_SIZE, first + run.start..first + run.end)?;
+            }
             at = end;
         }
         Ok(())
@@ -182,6 +204,26 @@ impl PageWriter {
     }
 }
 
+/// What is to be done with a page.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Fate {
+    /// Nothing: it is as in the parent.
+    Known,
+    Zero,
+    Data,
+}
+
+/// Maximal runs of what is wanted, as ranges of indices.
+fn runs<T>(all: &[T], wanted: impl Fn(&T) -> bool) -> impl Iterator<Item = Range<usize>> {
+    let mut at = 0;
+    std::iter::from_fn(move || {
+        let start = at + all[at..].iter().position(&wanted)?;
+        let len = all[start..].iter().take_while(|one| wanted(one)).count();
+        at = start + len;
+        Some(start..at)
+    })
+}
+
 /// The state of a block is valid at each instant, so it is after a panic elsewhere.
 fn locked(block: &Mutex<Block>) -> MutexGuard<'_, Block> {
     block.lock().unwrap_or_else(PoisonError::into_inner)
@@ -213,31 +255,47 @@ impl Inner {
         Ok(())
     }
 
+    /// Which of the pages from `first` of a block on need not be kept: those that are as in the parent (`same`), unless
+    /// this layer has them by now.
+    fn known(&self, block: u64, first: usize, mut same: Vec<bool>) -> Vec<bool> {
+        if same.iter().any(|same| *same) {
+            let state = locked(&self.blocks[block as usize]);
+            for (page, same) in (first..).zip(&mut same) {
+                *same &= !state.data.has(page) && !state.zero.has(page);
+            }
+        }
+        same
+    }
+
+    /// What is to be done with each page of `bytes`, which lie within one block.
+    fn sort(&self, offset: u64, bytes: &[u8]) -> Result<Vec<Fate>, SnapshotError> {
+        let base = (offset % BLOCK_SIZE / PAGE_SIZE) as usize;
+        let known = match &self.below {
+            Some(below) => self.known(offset / BLOCK_SIZE, base, below.same(offset, bytes)?),
+            None => vec![false; bytes.len() / PAGE],
+        };
+        let fate = |(known, page): (bool, &[u8])| match known {
+            true => Fate::Known,
+            false if is_zero(page) => Fate::Zero,
+            false => Fate::Data,
+        };
+        Ok(known.into_iter().zip(bytes.chunks(PAGE)).map(fate).collect())
+    }
+
     /// `bytes` lie within one block.
     fn write_in_block(&self, offset: u64, bytes: &[u8]) -> Result<(), SnapshotError> {
         let base = (offset % BLOCK_SIZE / PAGE_SIZE) as usize;
-        let mut hashes: Vec<(usize, PageHash)> = Vec::with_capacity(bytes.len() / PAGE);
-        let pages = bytes.len() / PAGE;
-        let mut page = 0;
-        while page < pages {
-            let zero = |page: usize| is_zero(&bytes[page * PAGE..][..PAGE]);
-            let first = page;
-            if zero(page) {
-                while page < pages && zero(page) {
-                    page += 1;
-                }
-                self.set_zero(offset / BLOCK_SIZE, base + first..base + page)?;
-                continue;
-            }
-            while page < pages && !zero(page) {
-                let hash = page_hash(base + page, &bytes[page * PAGE..][..PAGE]);
-                hashes.push((base + page, hash));
-                page += 1;
-            }
-            let run = &bytes[first * PAGE..page * PAGE];
-            let at = offset + (first * PAGE) as u64;
+        let fates = self.sort(offset, bytes)?;
+        for zero in runs(&fates, |fate| *fate == Fate::Zero) {
+            self.set_zero(offset / BLOCK_SIZE, base + zero.start..base + zero.end)?;
+        }
+        let mut hashes: Vec<(usize, PageHash)> = Vec::with_capacity(fates.len());
+        for data in runs(&fates, |fate| *fate == Fate::Data) {
+            let run = &bytes[data.start * PAGE..data.end * PAGE];
+            let pages = (base + data.start..).zip(run.chunks(PAGE));
+            hashes.extend(pages.map(|(page, bytes)| (page, page_hash(page, bytes))));
             self.io
-                .write_at(&self.file, &self.path, run, at)
+                .write_at(&self.file, &self.path, run, offset + (data.start * PAGE) as u64)
                 .map_err(|e| SnapshotError::io("write", &self.path, e))?;
         }
         if hashes.is_empty() {

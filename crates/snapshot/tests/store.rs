@@ -473,3 +473,54 @@ fn what_is_being_written_can_be_waited_for() {
         });
     }
 }
+
+#[test]
+fn a_diff_keeps_what_differs_from_its_parent() {
+    let dir = temp();
+    let store = Store::open(dir.path()).expect("open");
+    let base = pages([(0, 1), (1, 2), (2, 3), (5, 5)]);
+    put(&store, "base", None, 1, &base, &pages([(0, 1), (1, 0), (4, 4)])).expect("base");
+    let mut staged = store.stage("diff", Some("base")).expect("stage");
+    let memory = staged.memory(MIB as u64).expect("memory");
+    // As they are, but for page 2, which becomes zero; page 3 was zero before. One write.
+    write_pages(&memory, &pages([(0, 1), (1, 2), (2, 0), (3, 0)])).expect("write");
+    // Back and forth: what this layer has once had, it has.
+    write_pages(&memory, &pages([(5, 9)])).expect("another");
+    write_pages(&memory, &pages([(5, 5)])).expect("the parent's again");
+    memory.write_zero(16 * PAGE as u64..20 * PAGE as u64).expect("zero over zero");
+    let disk = staged.disk(DISK_BYTES, false).expect("disk");
+    write_pages(&disk, &pages([(0, 1), (1, 0), (4, 0), (7, 0)])).expect("write");
+    staged.state(b"s").expect("state");
+    staged.commit(facts(1, Mode::Diff)).expect("commit");
+    let loaded = store.load("diff", Verification::Always).expect("load");
+    assert_eq!(loaded.manifest.memory.data_bytes, PAGE as u64, "page 5 alone");
+    assert_eq!(loaded.manifest.disks[0].data_bytes, 0);
+    let mut right = over(&vec![0; MIB], &base);
+    right[2 * PAGE..3 * PAGE].fill(0);
+    assert_eq!(bytes_of(&loaded.memory), right);
+    // Page 7 is the base image's in the parent, and zero here.
+    let page = |n: u64| n * PAGE as u64..(n + 1) * PAGE as u64;
+    assert_eq!(loaded.disks[0].zeroes, [page(1), page(4), page(7)]);
+    assert_eq!(loaded.disks[0].extents.len(), 1);
+}
+
+#[test]
+fn a_diff_over_what_is_known_by_root() {
+    let dir = temp();
+    let store = Store::open(dir.path()).expect("open");
+    let base = simple(&store, "base", None, 1);
+    let known = Parent { tag: "base".into(), root: base.manifest().root };
+    simple(&store, "mid", Some("base"), 2);
+    let mid = store.get("mid").expect("mid").manifest().root;
+    let mid = Parent { tag: "mid".into(), root: mid };
+    store.compact("mid").expect("compact");
+    let staged = store.stage_over("leaf", &mid).expect("the compacted one answers");
+    assert_ne!(staged.parent().expect("a parent").root, mid.root, "by its own root");
+    drop(staged);
+    store.remove("base", Removal::Plain).expect("nobody needs it");
+    let missing = store.stage_over("x", &known).expect_err("gone");
+    assert!(matches!(missing, SnapshotError::ParentMissing { .. }), "{missing}");
+    simple(&store, "base", None, 7);
+    let changed = store.stage_over("x", &known).expect_err("another");
+    assert!(matches!(changed, SnapshotError::ParentChanged { .. }), "{changed}");
+}

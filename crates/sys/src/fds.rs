@@ -3,7 +3,7 @@
 #![allow(unsafe_code)]
 
 use std::io;
-use std::os::fd::{AsFd, RawFd};
+use std::os::fd::{AsFd, FromRawFd, OwnedFd, RawFd};
 
 use rustix::io::{FdFlags, fcntl_getfd, fcntl_setfd};
 
@@ -46,6 +46,30 @@ fn gaps(keep: &[RawFd]) -> Vec<(u32, u32)> {
     }
     gaps.push((next, u32::MAX));
     gaps
+}
+
+/// Takes over a descriptor that this process was started with ([`crate::spawn::SpawnOptions`]), by its number. It is
+/// close-on-exec afterwards.
+///
+/// # Safety
+/// Nothing in this process may own that descriptor: call it before anything has been opened.
+///
+/// # Errors
+/// `InvalidInput` for a standard stream and for a number that is no open descriptor.
+pub unsafe fn take_inherited(number: RawFd) -> io::Result<OwnedFd> {
+    let bad = |why: &str| {
+        let text = format!("descriptor {number} {why}");
+        io::Error::new(io::ErrorKind::InvalidInput, text)
+    };
+    if number <= libc::STDERR_FILENO {
+        return Err(bad("cannot be inherited: it is no number, or that of a standard stream"));
+    }
+    // SAFETY: takes numbers, and fails for one that is not open.
+    if unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) } != 0 {
+        return Err(bad("is not open"));
+    }
+    // SAFETY: it is open (see above), and nobody else owns it, as the caller vouches for.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }
 
 /// Sets or clears close-on-exec.

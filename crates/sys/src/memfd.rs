@@ -48,13 +48,36 @@ pub fn seal_size(memfd: impl AsFd) -> io::Result<()> {
     Ok(rustix::fs::fcntl_add_seals(memfd, seals)?)
 }
 
+/// Seals a memfd's size and bytes for good: besides [`seal_size`], nobody can write to it or map it
+/// shared and writable, nor punch holes. Private mappings may be written to, as that stays in them.
+///
+/// # Errors
+/// As for [`seal_size`]; `ResourceBusy` while somebody has it mapped shared and writable.
+pub fn seal_all(memfd: impl AsFd) -> io::Result<()> {
+    let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::WRITE | SealFlags::SEAL;
+    Ok(rustix::fs::fcntl_add_seals(memfd, seals)?)
+}
+
+/// Whether nobody can change a file's size or bytes: [`seal_all`]. False for a file that takes no
+/// seals.
+///
+/// # Errors
+/// As for [`size_is_sealed`].
+pub fn is_immutable(file: impl AsFd) -> io::Result<bool> {
+    has_seals(file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::WRITE)
+}
+
 /// Whether a file's size is sealed both ways. False for a file that takes no seals.
 ///
 /// # Errors
 /// That of `fcntl(2)`, but for "takes no seals".
 pub fn size_is_sealed(file: impl AsFd) -> io::Result<bool> {
+    has_seals(file, SealFlags::SHRINK | SealFlags::GROW)
+}
+
+fn has_seals(file: impl AsFd, wanted: SealFlags) -> io::Result<bool> {
     match rustix::fs::fcntl_get_seals(file) {
-        Ok(seals) => Ok(seals.contains(SealFlags::SHRINK | SealFlags::GROW)),
+        Ok(seals) => Ok(seals.contains(wanted)),
         Err(rustix::io::Errno::INVAL) => Ok(false),
         Err(errno) => Err(errno.into()),
     }
@@ -149,10 +172,29 @@ mod tests {
     }
 
     #[test]
+    fn sealed_bytes_can_be_changed_in_private_only() {
+        use crate::mmap::Mapping;
+        let memfd = create("immutable", false).expect("memfd");
+        memfd.write_all_at(&[7; 8192], 0).expect("write");
+        let shared = Mapping::file_shared(&memfd, 0, 4096).expect("shared");
+        assert_eq!(seal_all(&memfd).expect_err("mapped").kind(), io::ErrorKind::ResourceBusy);
+        drop(shared);
+        seal_all(&memfd).expect("seal");
+        assert!(is_immutable(&memfd).expect("asked") && size_is_sealed(&memfd).expect("asked"));
+        assert!(memfd.write_all_at(&[8], 0).is_err() && punch_hole(&memfd, 0, 4096).is_err());
+        assert!(Mapping::file_shared(&memfd, 0, 4096).is_err());
+        let private = Mapping::file_private(&memfd, 0, 8192).expect("private");
+        private.write_at(0, &[9]).expect("write");
+        let mut byte = [0];
+        memfd.read_exact_at(&mut byte, 0).expect("read");
+        assert_eq!(byte, [7]);
+    }
+
+    #[test]
     fn files_without_seals_are_not_sealed() {
         let file = tempfile::tempfile().expect("a file");
         assert!(!size_is_sealed(&file).expect("asked"));
-        assert!(!is_hugetlb(&file).expect("asked"));
+        assert!(!is_hugetlb(&file).expect("asked") && !is_immutable(&file).expect("asked"));
         assert!(seal_size(&file).is_err());
     }
 

@@ -4,7 +4,7 @@
 //! allocated beforehand: the hook makes only system calls, as it must in the child of a process
 //! that may have had threads. It does, in this order: own session or process group, controlling
 //! terminal, cgroup, groups, gid, uid, parent-death signal (which a change of credentials would
-//! clear), working directory (as the new user).
+//! clear), inherited descriptors, working directory (as the new user).
 
 #![allow(unsafe_code)]
 
@@ -42,13 +42,16 @@ pub struct SpawnOptions {
     pub cwd: Option<PathBuf>,
     /// An open `cgroup.procs` to join; written to by the child before it gives up its credentials.
     pub cgroup_procs: Option<OwnedFd>,
+    /// Descriptors that the child keeps, under the same numbers. Those must not be 0, 1 or 2.
+    pub inherit: Vec<OwnedFd>,
 }
 
 /// Adds the options to a command. They are done at each spawn.
 ///
 /// # Errors
 /// `InvalidInput` for a directory with a zero byte, more than [`MAX_GROUPS`] groups, or a
-/// controlling terminal without a new session. Failures in the child are returned by `spawn()`.
+/// controlling terminal without a new session, and one of 0, 1 and 2 in `inherit`. Failures in the child are
+/// returned by `spawn()`.
 pub fn prepare(command: &mut Command, options: SpawnOptions) -> io::Result<()> {
     let bad = |text: String| io::Error::new(io::ErrorKind::InvalidInput, text);
     let cwd = match &options.cwd {
@@ -63,6 +66,9 @@ pub fn prepare(command: &mut Command, options: SpawnOptions) -> io::Result<()> {
     }
     if options.controlling_terminal.is_some() && !options.new_session {
         return Err(bad("a controlling terminal needs a new session".to_owned()));
+    }
+    if options.inherit.iter().any(|fd| fd.as_raw_fd() <= libc::STDERR_FILENO) {
+        return Err(bad("standard streams cannot be inherited by number".to_owned()));
     }
     let hook = move || apply(&options, cwd.as_ref());
     // SAFETY: the hook makes system calls on memory that was allocated before the fork; it neither
@@ -107,6 +113,10 @@ fn apply(options: &SpawnOptions, cwd: Option<&CString>) -> io::Result<()> {
         let number = libc::c_ulong::from(signal.as_raw().unsigned_abs());
         // SAFETY: takes numbers.
         check(unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, number, 0, 0, 0) })?;
+    }
+    for fd in &options.inherit {
+        // SAFETY: takes two numbers; no flags: the descriptor outlives the exec.
+        check(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFD, 0) })?;
     }
     if let Some(cwd) = cwd {
         // SAFETY: the string ends with a zero and lives across the call.
@@ -173,6 +183,20 @@ mod tests {
         let lines: Vec<&str> = text.lines().collect();
         assert_eq!(&lines[..2], ["65534", "65533"]);
         assert!(lines[2].split(' ').any(|g| g == "1234"), "{text}");
+    }
+
+    #[test]
+    fn a_descriptor_is_inherited_by_its_number() {
+        let _turn = turn();
+        let file = crate::memfd::create("inherited", false).expect("memfd");
+        let (kept, number) = (file.try_clone().expect("clone"), file.as_raw_fd());
+        let inherit = vec![OwnedFd::from(kept)];
+        let script = format!(
+            "readlink /proc/self/fd/{}; readlink /proc/self/fd/{number} || echo none",
+            inherit[0].as_raw_fd()
+        );
+        let text = output(SpawnOptions { inherit, ..Default::default() }, &script);
+        assert_eq!(text, "/memfd:inherited (deleted)\nnone", "that one and no other");
     }
 
     #[test]

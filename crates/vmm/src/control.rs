@@ -27,6 +27,8 @@ pub mod tokens {
     pub const LINK: Token = Token(3);
     /// The end of a live snapshot's writer.
     pub const CAPTURE: Token = Token(5);
+    /// RAM that is being loaded: all of it is there, or cannot be.
+    pub const RAM: Token = Token(6);
     /// The API server: listener and connections.
     pub const API: u64 = 0x1_0000;
     /// The vsock device: listener and connections.
@@ -163,19 +165,33 @@ pub(crate) trait Serve {
     /// Does what a client asks for, or refuses to.
     fn act(&mut self, id: RequestId, action: VmmAction) -> io::Result<Result<Flow, Refusal>>;
 
+    /// Takes a request in. None if the role has kept it for later.
+    fn admit(&mut self, _id: RequestId, action: VmmAction) -> Option<VmmAction> {
+        Some(action)
+    }
+
+    /// Acts on a request, or refuses it.
+    fn carry_out(&mut self, id: RequestId, action: Result<VmmAction, Refusal>) -> io::Result<Flow> {
+        let outcome = match action.map(|action| self.admit(id, action)) {
+            Ok(Some(action)) => self.act(id, action)?,
+            Ok(None) => return Ok(Flow::Go),
+            Err(refusal) => Err(refusal),
+        };
+        match outcome {
+            Ok(flow) => Ok(flow),
+            Err(Refusal { status, message }) => {
+                self.control().answer_fault(id, status, message)?;
+                Ok(Flow::Go)
+            }
+        }
+    }
+
     /// Acts on requests, one after the other, until one ends this role.
     fn on_requests(&mut self, requests: Vec<(RequestId, Request)>) -> io::Result<Flow> {
         for (id, request) in requests {
-            let outcome = match VmmAction::parse(&request) {
-                Ok(action) => self.act(id, action)?,
-                Err(refusal) => Err(refusal),
-            };
-            match outcome {
-                Ok(Flow::Go) => {}
-                Ok(other) => return Ok(other),
-                Err(Refusal { status, message }) => {
-                    self.control().answer_fault(id, status, message)?;
-                }
+            match self.carry_out(id, VmmAction::parse(&request))? {
+                Flow::Go => {}
+                other => return Ok(other),
             }
         }
         Ok(Flow::Go)

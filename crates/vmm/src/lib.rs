@@ -16,6 +16,7 @@
 pub mod agent_link;
 pub mod control;
 pub mod fork;
+mod lazy;
 mod log;
 pub mod machine;
 pub mod process;

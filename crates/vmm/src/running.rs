@@ -22,6 +22,7 @@ use crate::control::{Control, Flow, Handled, Serve, tokens};
 use crate::fork::crowd::Token;
 use crate::fork::offspring::AnswerAs;
 use crate::fork::{Destiny, Forked, PauseClock, Quiesced, child, crowd_of, fork_all, report_pipes};
+use crate::lazy::{self, Lazy};
 use crate::machine::engine::Engine;
 use crate::machine::{Gate, Machine};
 use crate::process::{Next, VmmError, report, tell};
@@ -62,6 +63,8 @@ pub struct Running {
     pub(crate) waking: Option<Token>,
     /// A live snapshot of this VM that is being written.
     pub(crate) capture: Option<Capturing>,
+    /// RAM that is still being loaded.
+    pub(crate) lazy: Option<Lazy>,
     waiters: Vec<Waiter>,
     /// A zygote that is wanted once the guest has rehearsed the fork notice.
     rehearsing: Option<(RequestId, ChildSpec)>,
@@ -104,6 +107,7 @@ impl Running {
             error: None,
             waking: None,
             capture: None,
+            lazy: None,
             waiters: Vec::new(),
             rehearsing: None,
         }
@@ -191,6 +195,7 @@ impl Running {
         }
         // The directory first: once it is gone the VM is gone for everybody, while KVM takes its time.
         self.dir.remove()?;
+        lazy::exit_if_stuck(&self.machine);
         self.engine.stop().map_err(VmmError::from)
     }
 
@@ -204,6 +209,10 @@ impl Running {
                     other => return Ok(other),
                 }
             }
+            for snapshot in self.control.offspring.take_written() {
+                self.machine.set_latest(snapshot);
+            }
+            self.load_rest();
             self.control.answer_forks()?;
             self.answer_waiters()?;
         }
@@ -212,7 +221,8 @@ impl Running {
     fn next_timeout(&self) -> Option<Duration> {
         let now = Instant::now();
         let waiters = self.waiters.iter().map(|w| w.deadline.saturating_duration_since(now)).min();
-        [waiters, self.control.offspring.next_deadline()].into_iter().flatten().min()
+        let ram = self.lazy.as_ref().and_then(Lazy::next_deadline);
+        [waiters, self.control.offspring.next_deadline(), ram].into_iter().flatten().min()
     }
 
     fn dispatch(&mut self, readiness: Readiness) -> io::Result<Flow> {
@@ -222,6 +232,9 @@ impl Running {
         }
         if token == tokens::CAPTURE {
             return self.after_capture().map(|()| Flow::Go);
+        }
+        if token == tokens::RAM {
+            return self.on_ram();
         }
         if self.machine.owns(token) {
             self.machine.handle(&self.control.reactor, &readiness);
@@ -298,7 +311,7 @@ impl Running {
             Announce::Source(mut pipe) => {
                 let (id, timing) = (self.record.id.clone(), self.timing);
                 let pid = Some(self.record.pid);
-                report(&mut pipe, &ChildResult { id, pid, error: None, timing });
+                report(&mut pipe, &ChildResult { id, pid, error: None, root: None, timing });
                 Ok(())
             }
         }
@@ -316,6 +329,9 @@ impl Running {
                     self.timing.ready_ns = monotonic_ns();
                     self.phase = VmPhase::Ready;
                     self.machine.set_gate(Gate::Open);
+                    if let Some(lazy) = &mut self.lazy {
+                        lazy.guest_is_ready();
+                    }
                 }
                 Ok(())
             }
@@ -355,7 +371,11 @@ impl Running {
         self.link.send_notice(&self.control.reactor, stream, identity, reason)
     }
 
-    fn fail(&mut self, why: String) -> io::Result<()> {
+    pub(crate) fn fail(&mut self, why: String) -> io::Result<()> {
+        if self.phase == VmPhase::Failed {
+            // What comes of a failure is not to hide it.
+            return Ok(());
+        }
         self.phase = VmPhase::Failed;
         self.error = Some(why.clone());
         self.machine.set_gate(Gate::Refuse(why));
@@ -366,6 +386,10 @@ impl Running {
 impl Serve for Running {
     fn control(&mut self) -> &mut Control {
         &mut self.control
+    }
+
+    fn admit(&mut self, id: RequestId, action: VmmAction) -> Option<VmmAction> {
+        self.unless_loading(id, action)
     }
 
     fn act(&mut self, id: RequestId, action: VmmAction) -> io::Result<Result<Flow, Refusal>> {

@@ -69,8 +69,9 @@ impl Running {
         clock.forked();
         self.go_on();
         let source = clock.stop();
-        if let Err(error) = snapshot::finish(machine, record, staged, Mode::Full, filled) {
-            return Ok(Err(Refusal::new(500, error.to_string())));
+        match snapshot::finish(machine, record, staged, Mode::Full, filled) {
+            Ok(written) => self.machine.set_latest(written),
+            Err(error) => return Ok(Err(Refusal::new(500, error.to_string()))),
         }
         let ready_us = monotonic_ns().saturating_sub(requested_ns) / 1000;
         let receipt = SnapshotReceipt { source, ready_us, ..SnapshotReceipt::default() };
@@ -78,7 +79,8 @@ impl Running {
         Ok(Ok(()))
     }
 
-    /// Forks a writer, which saves what changed since the durable snapshot that this VM came from (mode `diff`).
+    /// Forks a writer, which saves what changed since the last durable snapshot of this VM, or the one that it came from
+    /// (mode `diff`).
     ///
     /// # Errors
     /// The reactor fails.

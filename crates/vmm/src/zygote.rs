@@ -7,6 +7,7 @@
 use std::io;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 
 use forkd_api::server::RequestId;
 use forkd_api::types::{Action, ChildSpec, PersistRequest, Timing, VmInfo, VmPhase, VmRecord};
@@ -23,6 +24,10 @@ use crate::run_dir::RunDir;
 use crate::running::instance_info;
 use crate::snapshot::{self, Errand, WRITE_TIMEOUT};
 
+/// How long nobody must have asked for anything before the zygote does work of its own. Who has just had it made wants
+/// children of it first.
+const IDLE: Duration = Duration::from_millis(1);
+
 /// A zygote.
 pub struct Zygote {
     pub(crate) control: Control,
@@ -31,6 +36,8 @@ pub struct Zygote {
     pub(crate) dir: RunDir,
     pub(crate) record: VmRecord,
     pub(crate) timing: Timing,
+    /// Where the part of the root image begins that is not mapped yet ([`Machine::share_root`]).
+    pub(crate) unshared: Option<usize>,
 }
 
 impl Zygote {
@@ -60,8 +67,14 @@ impl Zygote {
     fn event_loop(&mut self) -> io::Result<Flow> {
         let mut events = Vec::new();
         loop {
-            let timeout = self.control.offspring.next_deadline();
-            self.control.reactor.wait(&mut events, timeout)?;
+            let deadline = self.control.offspring.next_deadline();
+            let pause = self.unshared.map(|_| IDLE);
+            self.control
+                .reactor
+                .wait(&mut events, [deadline, pause].into_iter().flatten().min())?;
+            if events.is_empty() {
+                self.unshared = self.unshared.and_then(|at| self.machine.share_root(at));
+            }
             for readiness in events.drain(..) {
                 let flow = match self.control.handle(readiness)? {
                     None | Some(Handled::Nothing) => Flow::Go,
@@ -71,6 +84,9 @@ impl Zygote {
                 if !matches!(flow, Flow::Go) {
                     return Ok(flow);
                 }
+            }
+            for snapshot in self.control.offspring.take_written() {
+                self.machine.set_latest(snapshot);
             }
             self.control.answer_forks()?;
         }

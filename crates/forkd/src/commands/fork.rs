@@ -4,15 +4,17 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use forkd_api::types::{ChildResult, ChildSpec, MAX_CHILDREN, RestoredMemory, SourcePause, Timing};
+use forkd_api::types::{ChildResult, ChildSpec, MAX_CHILDREN, SourcePause, Timing};
+use forkd_memory::MemoryBackend;
 use serde::Serialize;
 
 use crate::cleanup::{self, Guard};
 use crate::cli::OutputArgs;
 use crate::paths::Paths;
 use crate::registry::Live;
+use crate::restore::{ForkOptions, Limits, Snapshot};
 use crate::vm_client::VmClient;
-use crate::{boot, id, output, parallel, persist, registry};
+use crate::{id, output, parallel, persist, registry};
 
 /// Fork VMs from a snapshot
 ///
@@ -28,8 +30,8 @@ pub struct Args {
     /// Tag of the snapshot
     tag: String,
     /// Load the snapshot from disk for each of them, with RAM of this kind; without it they are forked from the
-    /// snapshot in memory, which is quicker. `file`: the files, mapped; `memfd-shared`: a copy, which
-    /// `forkd branch --mode live` needs
+    /// snapshot in memory, which is quicker. `file`: the files, mapped; `memfd-private`: one copy for all of them;
+    /// `memfd-shared`: a copy for each, which `forkd branch --mode live` needs; `userfault`: read as it is touched
     #[arg(long, value_name = "KIND")]
     memory: Option<Memory>,
     /// Seconds to wait for a snapshot that is still being written, 0 to 3600. One that is in memory meanwhile
@@ -45,6 +47,19 @@ pub struct Args {
 enum Memory {
     File,
     MemfdShared,
+    MemfdPrivate,
+    Userfault,
+}
+
+impl From<Memory> for MemoryBackend {
+    fn from(memory: Memory) -> Self {
+        match memory {
+            Memory::File => Self::File,
+            Memory::MemfdShared => Self::MemfdShared,
+            Memory::MemfdPrivate => Self::MemfdPrivate,
+            Memory::Userfault => Self::Userfault,
+        }
+    }
 }
 
 /// What fork and branch have in common.
@@ -126,11 +141,7 @@ impl Args {
             persist::await_written(paths, &self.tag, patience)?;
         }
         if let Some(memory) = self.memory {
-            let memory = match memory {
-                Memory::File => RestoredMemory::File,
-                Memory::MemfdShared => RestoredMemory::MemfdShared,
-            };
-            return load(paths, &self.tag, &request, memory)?.print(self.fork.output);
+            return load(paths, &self.tag, &request, memory.into())?.print(self.fork.output);
         }
         let source = persist::find(paths, &self.tag)?;
         let forked = fork(paths, &source, &request)?;
@@ -210,26 +221,19 @@ fn specs(paths: &Paths, request: &Request) -> Result<Vec<ChildSpec>> {
 ///
 /// # Errors
 /// Names the child that can't be started, by its number, and why.
-pub fn load(paths: &Paths, tag: &str, request: &Request, memory: RestoredMemory) -> Result<Forked> {
+pub fn load(paths: &Paths, tag: &str, request: &Request, memory: MemoryBackend) -> Result<Forked> {
     let begun = Instant::now();
-    let specs = specs(paths, request)?;
-    let configs = persist::configs(paths, tag, &specs, memory)?;
-    // To load one keeps a CPU busy.
-    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-    let started = parallel::map_by(cpus, &configs, boot::restore);
-    let count = specs.len();
-    let started = (1..)
-        .zip(started)
-        .map(|(number, one)| one.with_context(|| format!("child #{number} of {count} of {tag}")))
-        .collect::<Result<Vec<_>>>()?;
-    let children = parallel::map(&specs, |spec| {
-        let record = forkd_vmm::run_dir::read_record(&spec.dir);
-        let (pid, error) = match record {
-            Ok(record) => (Some(record.pid), None),
-            Err(error) => (None, Some(error.to_string())),
-        };
-        let result = ChildResult { id: spec.id.clone(), pid, error, timing: Timing::default() };
-        settle(spec, &result, request.wait)
+    paths.prepare_run()?;
+    // One that does not answer is told of by itself, and the others stay.
+    let limits = Limits { ready: None, ..Limits::default() };
+    let (count, name) = (request.count, request.name.clone());
+    let options = ForkOptions { count, name, memory, limits, ..ForkOptions::default() };
+    let started = Snapshot::open(paths, tag)?.restore_many_with(&options, &paths.vms())?;
+    let children = parallel::map(&started, |vm| {
+        let spec = ChildSpec { id: vm.id.clone(), name: vm.name.clone(), dir: vm.dir.clone() };
+        let (id, pid) = (vm.id.clone(), Some(vm.pid));
+        let result = ChildResult { id, pid, error: None, root: None, timing: Timing::default() };
+        settle(&spec, &result, request.wait)
     });
     for (vm, child) in started.into_iter().zip(&children) {
         // A child that failed is ended with its guard, if `settle` has not done so.

@@ -194,7 +194,7 @@ impl Suite {
         let dir = self.scratch("programs")?;
         let gcc = |out: &str, files: &[&str]| {
             self.program("/usr/bin/gcc")
-                .args(["-static", "-O2", "-s", "-Wall", "-Wextra", "-Werror", "-o"])
+                .args(["-static", "-pthread", "-O2", "-s", "-Wall", "-Wextra", "-Werror", "-o"])
                 .arg(dir.join(out))
                 .args(files.iter().map(|file| sources.join(file)))
                 .ok()
@@ -223,8 +223,12 @@ impl Suite {
         made.as_ref().map_err(|e| anyhow::anyhow!("{e}"))
     }
 
-    /// The guest's test program comes with the warm-up code, so that no test has to send it.
     fn create(&self, tag: &str, vcpus: u32, code: &str) -> Result<Value> {
+        self.create_with(tag, vcpus, MEM_MIB, code)
+    }
+
+    /// Makes a snapshot. The guest's test program comes with the warm-up code, so that no test has to send it.
+    pub fn create_with(&self, tag: &str, vcpus: u32, mem_mib: u64, code: &str) -> Result<Value> {
         let limit = self.deadline();
         self.set_deadline(SETUP);
         self.link_image(&self.home())?;
@@ -235,7 +239,7 @@ impl Suite {
             base64(&guest)
         );
         let begun = Instant::now();
-        let (vcpus, mem, disk) = (vcpus.to_string(), MEM_MIB.to_string(), DISK_MIB.to_string());
+        let (vcpus, mem, disk) = (vcpus.to_string(), mem_mib.to_string(), DISK_MIB.to_string());
         let output = self
             .forkd(["snapshot", "create", tag, "--json", "--warm", "-", "--boot-timeout", "300"])
             .args(["--vcpus", &vcpus, "--mem", &mem, "--disk", &disk])

@@ -18,6 +18,7 @@ mod bad_input;
 mod branch;
 mod cli;
 mod command;
+mod diffs;
 mod durable;
 mod eval;
 mod exec;
@@ -30,6 +31,7 @@ mod isolation;
 mod leftovers;
 mod lifecycle;
 mod live;
+mod matrix;
 mod memory;
 mod runner;
 mod simd;
@@ -62,7 +64,9 @@ fn tests() -> Vec<runner::Test> {
         io_under_load::TESTS,
         lifecycle::TESTS,
         snapshots::TESTS,
+        diffs::TESTS,
         smp::TESTS,
+        matrix::TESTS,
         bad_boots::TESTS,
     ]
     .concat()

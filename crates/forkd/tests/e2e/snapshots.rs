@@ -156,15 +156,6 @@ fn diffs_of_diffs_verify(suite: &Suite) -> Result<()> {
     suite.forkd(["snapshot", "rm", "base", "--cascade"]).ok().map(drop)
 }
 
-/// A VM that did not come from a durable snapshot has nothing to be a diff of.
-fn require_advice(suite: &Suite, id: &str) -> Result<()> {
-    suite
-        .forkd(["branch", id, "--snapshot", "no-diff", "--mode", "diff"])
-        .output()?
-        .one_line(&["no-diff", "mode fork"])
-        .map(drop)
-}
-
 /// One line that names the snapshot, and nothing stays.
 fn what_cannot_be_saved_is_named(suite: &Suite) -> Result<()> {
     suite.warm()?;
@@ -179,7 +170,6 @@ fn what_cannot_be_saved_is_named(suite: &Suite) -> Result<()> {
     refused(&["branch", &source.id, "--snapshot", "twice"], "twice")?;
     refused(&["branch", &source.id, "--snapshot", "a/b"], "a/b")?;
     refused(&["branch", &source.id, "--snapshot", WARM], WARM)?;
-    require_advice(suite, &source.id)?;
     ensure!(source.value("1 + 1")? == "2", "the source does not go on");
     // A snapshot whose RAM is damaged is not run.
     kill_zygote(suite, "twice")?;

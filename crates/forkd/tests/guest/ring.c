@@ -1,17 +1,20 @@
-/* A checksummed, sequence-numbered ring, at once in memory and on a disk.
+/* Checksummed, sequence-numbered rings, at once in memory and on a disk.
  *
- *   ring serve FILE DISK   writes for ever, in the background: record s goes into slot s % SLOTS of FILE (memory that is
- *                          shared with the other verbs), then into the same slot of DISK (O_DIRECT), then head = s
- *   ring verify FILE DISK  makes the writer go on for a few records, then stop; then reads every slot of both and
- *                          prints the last record's number
- *   ring head FILE         prints the last record's number
+ *   ring serve FILE DISK [WRITERS]  writes for ever, in the background: record s goes into slot s % SLOTS of FILE (memory
+ *                                   that is shared with the other verbs), then into the same slot of DISK (O_DIRECT),
+ *                                   then head = s. Each writer is a thread with a ring of its own
+ *   ring verify FILE DISK           makes the writers go on for a few records, then stop; then reads every slot of both
+ *                                   and prints how many records were written
+ *   ring head FILE                  prints how many records were written
  *
- * Every byte of a record follows from its number, so a page or a block of another time, of another VM, or torn, shows. */
+ * Every byte of a record follows from its writer and number, so a page or a block of another time, of another VM, or
+ * torn, shows. */
 #define _GNU_SOURCE
 #include "guest.h"
 
 #include <errno.h>
 #include <fcntl.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -23,15 +26,25 @@
 /* Records that must be written after the verifier came: the writer goes on, and its disk works. */
 #define PROGRESS 8u
 
-struct header {
+#define MAX_WRITERS 16u
+
+struct ring {
     volatile uint64_t head; /* last whole record; the first has the number 1 */
     volatile uint64_t stop; /* the writer is to end */
     volatile uint64_t stopped;
-    volatile uint64_t failed; /* errno of the write that failed */
-    char pad[4096 - 32];
+    volatile uint64_t failed;  /* errno of the write that failed */
+    volatile uint64_t writers; /* in the first: how many rings there are */
+    char pad[4096 - 40];
+    char slots[SLOTS][MEMORY_RECORD];
 };
 
-#define SIZE (sizeof(struct header) + (size_t)SLOTS * MEMORY_RECORD)
+/* What a writer thread works on. */
+struct writer {
+    struct ring *ring;
+    unsigned number;
+    int fd;
+    uint64_t *block;
+};
 
 static uint64_t next(uint64_t *x) {
     *x ^= *x << 13;
@@ -41,8 +54,8 @@ static uint64_t next(uint64_t *x) {
 }
 
 /* Words: number, checksum of the rest, rest. */
-static void make(uint64_t *record, uint64_t seq, size_t bytes) {
-    uint64_t x = seq * 0x9e3779b97f4a7c15ull + 1, sum = 0xcbf29ce484222325ull ^ seq;
+static void make(uint64_t *record, unsigned writer, uint64_t seq, size_t bytes) {
+    uint64_t x = (seq * MAX_WRITERS + writer) * 0x9e3779b97f4a7c15ull + 1, sum = 0xcbf29ce484222325ull ^ seq;
     for (size_t i = 2; i < bytes / 8; i++) {
         record[i] = next(&x);
         sum = (sum ^ record[i]) * 0x100000001b3ull;
@@ -51,14 +64,14 @@ static void make(uint64_t *record, uint64_t seq, size_t bytes) {
     record[1] = sum;
 }
 
-static void check(const char *where, const uint64_t *record, uint64_t seq, size_t bytes) {
+static void check(const char *where, const uint64_t *record, unsigned writer, uint64_t seq, size_t bytes) {
     static uint64_t expected[MEMORY_RECORD / 8];
-    make(expected, seq, bytes);
+    make(expected, writer, seq, bytes);
     if (!memcmp(record, expected, bytes)) return;
     size_t at = 0;
     while (record[at] == expected[at]) at++;
-    wrong("%s slot %lu: word %zu is %#lx, not %#lx (record %lu, found %lu)", where, seq % SLOTS, at, record[at],
-          expected[at], seq, record[0]);
+    wrong("%s of writer %u slot %lu: word %zu is %#lx, not %#lx (record %lu, found %lu)", where, writer, seq % SLOTS, at,
+          record[at], expected[at], seq, record[0]);
 }
 
 static int open_disk(const char *path) {
@@ -73,56 +86,98 @@ static uint64_t *disk_buffer(void) {
     return at;
 }
 
-static uint64_t *slot(struct header *ring, uint64_t seq) {
-    return (uint64_t *)((char *)(ring + 1) + (seq % SLOTS) * MEMORY_RECORD);
+static uint64_t *slot(struct ring *ring, uint64_t seq) {
+    return (uint64_t *)ring->slots[seq % SLOTS];
 }
 
-static int serve(struct header *ring, const char *disk) {
-    int fd = open_disk(disk);
-    uint64_t *block = disk_buffer();
-    into_background(&ring->head);
+static off_t place(unsigned writer, uint64_t seq) {
+    return (off_t)(writer * SLOTS + seq % SLOTS) * DISK_RECORD;
+}
+
+static void *write_records(void *of) {
+    struct writer *w = of;
+    struct ring *ring = w->ring;
     for (uint64_t seq = ring->head + 1; !ring->stop; seq++) {
-        make(slot(ring, seq), seq, MEMORY_RECORD);
-        make(block, seq, DISK_RECORD);
-        if (pwrite(fd, block, DISK_RECORD, (off_t)(seq % SLOTS) * DISK_RECORD) != DISK_RECORD) {
+        make(slot(ring, seq), w->number, seq, MEMORY_RECORD);
+        make(w->block, w->number, seq, DISK_RECORD);
+        if (pwrite(w->fd, w->block, DISK_RECORD, place(w->number, seq)) != DISK_RECORD) {
             ring->failed = errno ? errno : EIO;
             break;
         }
         __atomic_store_n(&ring->head, seq, __ATOMIC_SEQ_CST);
     }
     ring->stopped = 1;
-    return 0;
+    return NULL;
 }
 
-static int verify(struct header *ring, const char *disk) {
-    uint64_t begin = now_ms(), first = ring->head;
-    while (ring->head < first + PROGRESS && !ring->failed)
-        if (now_ms() - begin > 60000) wrong("the writer stands still at record %lu", ring->head);
-        else pause_ms();
-    ring->stop = 1;
-    while (!ring->stopped)
-        if (now_ms() - begin > 90000) wrong("the writer does not stop; its last record is %lu", ring->head);
-        else pause_ms();
-    if (ring->failed) wrong("the disk failed at record %lu: %s", ring->head + 1, strerror(ring->failed));
-    uint64_t head = ring->head;
+static uint64_t written(const struct ring *rings) {
+    uint64_t all = 0;
+    for (unsigned i = 0; i < rings->writers; i++) all += rings[i].head;
+    return all;
+}
+
+static int serve(const char *file, const char *disk, uint64_t writers) {
+    if (writers < 1 || writers > MAX_WRITERS) wrong("1 to %u writers", MAX_WRITERS);
+    struct ring *rings = share(file, writers * sizeof *rings);
+    rings->writers = writers;
+    static struct writer all[MAX_WRITERS];
+    for (unsigned i = 0; i < writers; i++)
+        all[i] = (struct writer){.ring = rings + i, .number = i, .fd = open_disk(disk), .block = disk_buffer()};
+    /* The last to begin has the least to show. */
+    into_background(&rings[writers - 1].head);
+    for (unsigned i = 1; i < writers; i++) {
+        pthread_t thread;
+        if (pthread_create(&thread, NULL, write_records, all + i)) _exit(1);
+    }
+    write_records(all);
+    /* The process ends with its last writer. */
+    pthread_exit(NULL);
+}
+
+static void stop(struct ring *rings) {
+    uint64_t begin = now_ms(), first[MAX_WRITERS];
+    for (unsigned i = 0; i < rings->writers; i++) first[i] = rings[i].head;
+    for (unsigned i = 0; i < rings->writers; i++)
+        while (rings[i].head < first[i] + PROGRESS && !rings[i].failed)
+            if (now_ms() - begin > 60000) wrong("writer %u stands still at record %lu", i, rings[i].head);
+            else pause_ms();
+    for (unsigned i = 0; i < rings->writers; i++) rings[i].stop = 1;
+    for (unsigned i = 0; i < rings->writers; i++)
+        while (!rings[i].stopped)
+            if (now_ms() - begin > 90000) wrong("writer %u does not stop; it is at record %lu", i, rings[i].head);
+            else pause_ms();
+}
+
+static int verify(struct ring *rings, const char *disk) {
+    stop(rings);
     int fd = open_disk(disk);
     uint64_t *block = disk_buffer();
-    for (uint64_t seq = head >= SLOTS ? head - SLOTS + 1 : 1; seq <= head; seq++) {
-        check("memory", slot(ring, seq), seq, MEMORY_RECORD);
-        if (pread(fd, block, DISK_RECORD, (off_t)(seq % SLOTS) * DISK_RECORD) != DISK_RECORD) die("read %s", disk);
-        check("disk", block, seq, DISK_RECORD);
+    for (unsigned i = 0; i < rings->writers; i++) {
+        struct ring *ring = rings + i;
+        if (ring->failed) wrong("the disk failed at record %lu: %s", ring->head + 1, strerror(ring->failed));
+        for (uint64_t seq = ring->head >= SLOTS ? ring->head - SLOTS + 1 : 1; seq <= ring->head; seq++) {
+            check("memory", slot(ring, seq), i, seq, MEMORY_RECORD);
+            if (pread(fd, block, DISK_RECORD, place(i, seq)) != DISK_RECORD) die("read %s", disk);
+            check("disk", block, i, seq, DISK_RECORD);
+        }
     }
-    printf("%lu\n", head);
+    printf("%lu\n", written(rings));
     return 0;
 }
 
 int ring_main(int argc, char **argv) {
     if (argc < 2) wrong("ring serve|verify FILE DISK, or ring head FILE");
-    struct header *ring = share(argv[1], SIZE);
+    if (!strcmp(argv[0], "serve")) {
+        if (argc < 3) wrong("which disk?");
+        return serve(argv[1], argv[2], argc > 3 ? number(argv[3]) : 1);
+    }
+    struct ring *rings = share(argv[1], sizeof *rings);
+    if (rings->writers < 1 || rings->writers > MAX_WRITERS) wrong("nobody writes to %s", argv[1]);
+    rings = share(argv[1], rings->writers * sizeof *rings);
     if (!strcmp(argv[0], "head")) {
-        printf("%lu\n", ring->head);
+        printf("%lu\n", written(rings));
         return 0;
     }
     if (argc < 3) wrong("which disk?");
-    return !strcmp(argv[0], "serve") ? serve(ring, argv[2]) : verify(ring, argv[2]);
+    return verify(rings, argv[2]);
 }

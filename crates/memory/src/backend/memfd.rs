@@ -7,6 +7,8 @@
 //! Privately, the memfd is a snapshot's memory, and the VM's writes stay in its process: any number
 //! of children map one memfd, and share its pages until they write to them. Then nobody may have it
 //! mapped shared and write to it, as children see such writes in pages that they have not written.
+//! Large holes of it are not mapped but zeroes of the process's own: to touch a hole of a memfd
+//! would fill it, for all, with a page of zeroes.
 //!
 //! Known holes: huge pages of the pool are for shared memfds only, as a private copy of one that the
 //! pool has no page for kills the process that writes, or its forked children. They are not given
@@ -14,9 +16,10 @@
 
 use std::io;
 
-use forkd_sys::memfd::punch_hole;
+use forkd_sys::memfd::{next_data, punch_hole};
 use forkd_sys::mmap::{Mapping, page_size};
 
+use super::extents::MAX_MAPPED;
 use super::remap::{Holes, check_mappable, map_file, reserve, write_zeroes};
 use super::{Backend, ForkBehaviour, HUGE_PAGE, MemoryBackend};
 use crate::MemoryError;
@@ -64,10 +67,37 @@ impl Memfd {
         let mapping = reserve(len).map_err(|source| MemoryError::Reserve { len, source })?;
         let page = if region.has_huge_pages() { HUGE_PAGE } else { page_size() };
         check_mappable(&region, page, sharing)
-            .and_then(|()| map_file(&mapping, 0, len, &region, 0, sharing))
+            .and_then(|()| match sharing {
+                Sharing::Shared => map_file(&mapping, 0, len, &region, 0, sharing),
+                Sharing::Private => map_data(&mapping, &region),
+            })
             .map_err(|error| refused(error.to_string()))?;
         Ok(Self { holes: Holes::new(&mapping), mapping, region, sharing })
     }
+}
+
+/// Maps privately what data a memfd has, and its smaller holes.
+fn map_data(mapping: &Mapping, region: &MemfdRegion) -> io::Result<()> {
+    let len = mapping.len() as u64;
+    let least = least_hole(len);
+    let mut next = next_data(region, 0, len)?;
+    while let Some(mut run) = next {
+        next = next_data(region, run.end, len)?;
+        while let Some(more) = next.take_if(|more| more.start - run.end < least) {
+            run.end = more.end;
+            next = next_data(region, run.end, len)?;
+        }
+        // Within the mapping.
+        let (start, len) = (run.start as usize, (run.end - run.start) as usize);
+        map_file(mapping, start, len, region, run.start, Sharing::Private)?;
+    }
+    Ok(())
+}
+
+/// The smallest hole that is left out: one that a huge page fits in, and not so small that RAM could
+/// be of more pieces than a process may have mappings for.
+fn least_hole(len: u64) -> u64 {
+    (len / MAX_MAPPED as u64).max(HUGE_PAGE as u64)
 }
 
 impl Backend for Memfd {

@@ -48,6 +48,31 @@ fn private_writes_stay() {
     assert!(bytes == pattern(LEN, 1), "the snapshot is as it was");
 }
 
+/// To touch a hole costs the process a page, and not all others one as well.
+#[test]
+fn large_holes_are_the_processs_own() {
+    let region = region("holes", LEN);
+    let data = |at: usize| region.file().write_all_at(&pattern(PAGE, at as u64), at as u64);
+    // The last hole is one page short of what is left out.
+    for at in [PAGE, 6 << 20, (6 << 20) + HUGE_PAGE, LEN - PAGE] {
+        data(at).expect("write");
+    }
+    let seen = region.try_clone().expect("clone");
+    let used = || seen.file().metadata().expect("stat").blocks() * 512;
+    let ram = Memfd::new(LEN, region, Sharing::Private).expect("RAM");
+    for at in [PAGE, 6 << 20, (6 << 20) + HUGE_PAGE, LEN - PAGE] {
+        assert!(read(&ram, at)[..] == pattern(PAGE, at as u64)[..], "{at:#x}");
+    }
+    ram.mapping.write_at(4 << 20, &[5; PAGE]).expect("write");
+    ram.mapping.write_at(12 << 20, &[6; PAGE]).expect("write");
+    assert_eq!((read(&ram, 4 << 20), read(&ram, 12 << 20)), ([5; PAGE], [6; PAGE]));
+    assert_eq!(read(&ram, 0), [0; PAGE]);
+    assert_eq!(used(), 4 * PAGE as u64, "no hole was filled");
+    assert_eq!(read(&ram, 7 << 20), [0; PAGE]);
+    assert_eq!(used(), 5 * PAGE as u64, "but for a small one");
+    assert_eq!(least_hole(64 << 30), 8 << 20);
+}
+
 #[test]
 fn a_shared_discard_frees_memory_for_all() {
     let region = region("discarded", LEN);

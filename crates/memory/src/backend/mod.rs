@@ -5,7 +5,7 @@
 //! VM with such RAM can be branched, and how pages are given back so that zeroes are read there.
 
 mod anonymous;
-mod extents;
+pub(crate) mod extents;
 mod file;
 mod memfd;
 mod mode;

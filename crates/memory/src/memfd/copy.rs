@@ -1,4 +1,4 @@
-//! Copying a memory file into a memfd: only what is not zero, in parallel if it is much.
+//! Copying memory files into a memfd: only what is not zero, in parallel if it is much.
 //!
 //! pread(2) into a buffer and pwrite(2) from it is the quickest way that works on all file systems:
 //! 512 MiB from the page cache took 190 ms so, 370 ms by pread into the mapping (each first touch of
@@ -19,6 +19,8 @@ use forkd_sys::memfd::next_data;
 use forkd_sys::mmap::Mapping;
 
 use super::MemfdError;
+use crate::backend::FileExtent;
+use crate::backend::extents::Extents;
 
 /// Bytes that are read and written at once: what a second-level cache holds.
 const CHUNK: u64 = 1 << 20;
@@ -32,49 +34,92 @@ const ZEROES: [u8; PAGE] = [0; PAGE];
 
 /// A memory file as it was when it was opened.
 #[derive(Debug)]
-pub(super) struct Source {
+struct MemoryFile {
     file: File,
     path: PathBuf,
+    len: u64,
+}
+
+/// Memory files, and what of them is where.
+#[derive(Debug)]
+pub(super) struct Source {
+    files: Vec<MemoryFile>,
+    extents: Vec<FileExtent>,
+    /// Bytes in all, with those that no extent is for.
     pub(super) len: u64,
 }
 
+/// Data that is copied at once.
+#[derive(Debug)]
+struct Chunk {
+    file: usize,
+    at: Range<u64>,
+    /// Where it goes.
+    to: u64,
+}
+
 impl Source {
+    /// The whole of one file.
     pub(super) fn open(path: &Path, expected: Option<u64>) -> Result<Self, MemfdError> {
-        let read = |error| PathError::new("open memory file", path, error);
-        let file = File::open(path).map_err(read)?;
-        let metadata = file.metadata().map_err(read)?;
-        let len = metadata.len();
-        let path = path.to_owned();
-        if !metadata.is_file() {
-            return Err(MemfdError::NotAFile { path });
-        }
+        let file = File::open(path).map_err(|e| PathError::new("open memory file", path, e))?;
+        let file = MemoryFile::new(file, path.to_owned())?;
+        let len = file.len;
         if let Some(expected) = expected
             && expected != len
         {
-            return Err(MemfdError::Length { path, expected, found: len });
+            return Err(MemfdError::Length { path: file.path, expected, found: len });
         }
         if len == 0 {
-            return Err(MemfdError::Empty { what: path.display().to_string() });
+            return Err(MemfdError::Empty { what: file.path.display().to_string() });
         }
-        Ok(Self { file, path, len })
+        let all = FileExtent { ram_offset: 0, len, file: 0, file_offset: 0 };
+        Ok(Self { files: vec![file], extents: vec![all], len })
+    }
+
+    /// Parts of several files.
+    pub(super) fn of_extents(
+        len: u64,
+        files: Vec<(PathBuf, File)>,
+        extents: &[FileExtent],
+    ) -> Result<Self, MemfdError> {
+        let (paths, files): (Vec<_>, Vec<_>) = files.into_iter().unzip();
+        let checked = Extents::check(len, &files, extents)
+            .map_err(|error| MemfdError::Extents(Box::new(error)))?;
+        let files = files.into_iter().zip(paths).map(|(file, path)| MemoryFile::new(file, path));
+        let extents = checked.sorted.into_iter().map(|(_, extent)| extent).collect();
+        Ok(Self { files: files.collect::<Result<_, _>>()?, extents, len })
     }
 
     /// Its data in pieces of at most [`CHUNK`] bytes, ascending.
-    fn chunks(&self) -> Result<Vec<Range<u64>>, MemfdError> {
+    fn chunks(&self) -> Result<Vec<Chunk>, MemfdError> {
         let mut chunks = Vec::new();
-        let mut at = 0;
-        while let Some(data) = next_data(&self.file, at, self.len)
-            .map_err(|error| PathError::new("find the data of memory file", &self.path, error))?
-        {
-            at = data.end;
-            let mut start = data.start;
-            while start < data.end {
-                let end = data.end.min(start + CHUNK);
-                chunks.push(start..end);
-                start = end;
+        for extent in &self.extents {
+            let MemoryFile { file, path, .. } = &self.files[extent.file];
+            let (mut at, end) = (extent.file_offset, extent.file_offset + extent.len);
+            while let Some(data) = next_data(file, at, end)
+                .map_err(|error| PathError::new("find the data of memory file", path, error))?
+            {
+                at = data.start;
+                while at < data.end {
+                    let stop = data.end.min(at + CHUNK);
+                    let to = extent.ram_offset + (at - extent.file_offset);
+                    chunks.push(Chunk { file: extent.file, at: at..stop, to });
+                    at = stop;
+                }
             }
         }
         Ok(chunks)
+    }
+}
+
+impl MemoryFile {
+    fn new(file: File, path: PathBuf) -> Result<Self, MemfdError> {
+        let metadata =
+            file.metadata().map_err(|e| PathError::new("look at memory file", &path, e))?;
+        if !metadata.is_file() {
+            return Err(MemfdError::NotAFile { path });
+        }
+        Ok(Self { file, path, len: metadata.len() })
     }
 
     fn read(&self, buffer: &mut [u8], offset: u64) -> Result<(), MemfdError> {
@@ -88,6 +133,14 @@ impl Source {
     fn changed(&self) -> MemfdError {
         let after = self.file.metadata().map_or(0, |metadata| metadata.len());
         MemfdError::Changed { path: self.path.clone(), before: self.len, after }
+    }
+
+    /// A hole that was cut off has been read by nobody.
+    fn check_length(&self) -> Result<(), MemfdError> {
+        match self.file.metadata() {
+            Ok(metadata) if metadata.len() == self.len => Ok(()),
+            _ => Err(self.changed()),
+        }
     }
 }
 
@@ -129,7 +182,7 @@ pub(super) fn copy(
     threads: impl FnOnce(u64) -> usize,
 ) -> Result<(), MemfdError> {
     let chunks = source.chunks()?;
-    let threads = threads(chunks.iter().map(|chunk| chunk.end - chunk.start).sum());
+    let threads = threads(chunks.iter().map(|chunk| chunk.at.end - chunk.at.start).sum());
     let job =
         Job { source, sink, name, chunks, next: AtomicUsize::new(0), error: Mutex::default() };
     std::thread::scope(|scope| {
@@ -144,18 +197,14 @@ pub(super) fn copy(
     if let Some(error) = job.error.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner) {
         return Err(error);
     }
-    // A hole that was cut off has been read by nobody.
-    match source.file.metadata() {
-        Ok(metadata) if metadata.len() == source.len => Ok(()),
-        _ => Err(source.changed()),
-    }
+    source.files.iter().try_for_each(MemoryFile::check_length)
 }
 
 struct Job<'a> {
     source: &'a Source,
     sink: &'a Sink<'a>,
     name: &'a str,
-    chunks: Vec<Range<u64>>,
+    chunks: Vec<Chunk>,
     /// Index of the next chunk that nobody has taken.
     next: AtomicUsize,
     /// The first error.
@@ -177,12 +226,12 @@ impl Job<'_> {
         }
     }
 
-    fn copy_chunk(&self, chunk: &Range<u64>, buffer: &mut Vec<u8>) -> Result<(), MemfdError> {
-        let len = usize::try_from(chunk.end - chunk.start).unwrap_or(usize::MAX);
-        buffer.resize(len, 0);
-        self.source.read(buffer, chunk.start)?;
+    fn copy_chunk(&self, chunk: &Chunk, buffer: &mut Vec<u8>) -> Result<(), MemfdError> {
+        // At most CHUNK.
+        buffer.resize((chunk.at.end - chunk.at.start) as usize, 0);
+        self.source.files[chunk.file].read(buffer, chunk.at.start)?;
         for run in runs_of_data(buffer) {
-            let offset = chunk.start + run.start as u64;
+            let offset = chunk.to + run.start as u64;
             let data = &buffer[run];
             self.sink.write(data, offset).map_err(|source| MemfdError::Write {
                 name: self.name.to_owned(),

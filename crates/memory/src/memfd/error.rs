@@ -87,6 +87,9 @@ pub enum MemfdError {
         /// Why not.
         reason: String,
     },
+    /// The extents of the memory files do not fit.
+    #[error(transparent)]
+    Extents(Box<crate::MemoryError>),
     /// Not on this operating system.
     #[error("guest RAM in a memfd needs Linux")]
     Unsupported,

@@ -7,7 +7,7 @@ use forkd_sys::memfd::{self as sys, HUGE_PAGE, MAX_NAME};
 use forkd_sys::mmap::Mapping;
 
 use super::copy::{Sink, Source, copy};
-use super::{MemfdError, MemfdRegion};
+use super::{MemfdError, MemfdOptions, MemfdRegion};
 
 /// A memfd of `len` zeroes, not yet sealed. A memfd of huge pages has the mapping that reserved them.
 struct Blank {
@@ -21,29 +21,33 @@ pub(super) fn empty(len: u64, name: &str, huge_pages: bool) -> Result<MemfdRegio
     if len == 0 {
         return Err(MemfdError::Empty { what: format!("memfd {name:?}") });
     }
-    blank(len, name, huge_pages)?.seal(len, name)
+    blank(len, name, huge_pages)?.seal(len, name, false)
 }
 
 pub(super) fn populated(
     source: &Source,
     name: &str,
-    huge_pages: bool,
+    options: &MemfdOptions,
     threads: impl FnOnce(u64) -> usize,
 ) -> Result<MemfdRegion, MemfdError> {
-    let blank = blank(source.len, name, huge_pages)?;
+    let blank = blank(source.len, name, options.huge_pages)?;
     let sink = blank.mapping.as_ref().map_or(Sink::File(&blank.file), Sink::Mapping);
     copy(source, &sink, name, threads)?;
-    blank.seal(source.len, name)
+    blank.seal(source.len, name, options.immutable)
 }
 
 impl Blank {
-    fn seal(self, len: u64, name: &str) -> Result<MemfdRegion, MemfdError> {
-        sys::seal_size(&self.file).map_err(|source| failed("seal", name, len, source))?;
+    fn seal(self, len: u64, name: &str, immutable: bool) -> Result<MemfdRegion, MemfdError> {
+        let huge_pages = self.mapping.is_some();
+        // Bytes that are mapped shared cannot be sealed.
+        drop(self.mapping);
+        let sealed = if immutable { sys::seal_all(&self.file) } else { sys::seal_size(&self.file) };
+        sealed.map_err(|source| failed("seal", name, len, source))?;
         Ok(MemfdRegion {
             file: self.file,
             size: len,
             allocated: self.allocated,
-            huge_pages: self.mapping.is_some(),
+            huge_pages,
             fallback: self.fallback,
         })
     }

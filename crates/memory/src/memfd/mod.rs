@@ -5,7 +5,8 @@
 //! mapped privately by any number of children: they share its pages until they write.
 //!
 //! Its size is sealed: a shrink would turn the accesses of all who map it into SIGBUS. Its bytes are
-//! not sealed, as a VM that maps it shared writes them. Memory is given back when the last
+//! sealed only if that is asked for ([`MemfdOptions::immutable`]), as a VM that maps it shared writes
+//! them. Memory is given back when the last
 //! descriptor and the last mapping are gone.
 //!
 //! Known holes: a copy is checked for its source's size, not against a change of bytes underway
@@ -26,6 +27,8 @@ use std::path::{Path, PathBuf};
 
 pub use error::MemfdError;
 
+use crate::backend::FileExtent;
+
 /// How to make a memfd.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct MemfdOptions {
@@ -34,6 +37,9 @@ pub struct MemfdOptions {
     pub huge_pages: bool,
     /// Size that the source must have, in bytes, as recorded when it was written.
     pub expected_len: Option<u64>,
+    /// Seal its bytes as well once they are there: for the memory of a snapshot, which children map
+    /// privately. A memfd that is to be RAM itself must not be.
+    pub immutable: bool,
 }
 
 /// Memory with a descriptor, of a fixed size. See the module's text.
@@ -62,11 +68,36 @@ pub fn create_and_populate(
     #[cfg(target_os = "linux")]
     {
         let source = copy::Source::open(source, options.expected_len)?;
-        make::populated(&source, name, options.huge_pages, copy::threads_for)
+        make::populated(&source, name, options, copy::threads_for)
     }
     #[cfg(not(target_os = "linux"))]
     {
         let _ = (source, name, options);
+        Err(MemfdError::Unsupported)
+    }
+}
+
+/// Makes a memfd of `len` bytes from the memory files of a snapshot, given with their paths, of which
+/// `extents` say which bytes are where; the rest is zero. Otherwise as [`create_and_populate`];
+/// [`MemfdOptions::expected_len`] has no meaning here.
+///
+/// # Errors
+/// [`MemfdError`]; no memfd is left then. Outside of Linux always [`MemfdError::Unsupported`].
+pub fn create_from_extents(
+    len: u64,
+    files: Vec<(PathBuf, File)>,
+    extents: &[FileExtent],
+    name: &str,
+    options: &MemfdOptions,
+) -> Result<MemfdRegion, MemfdError> {
+    #[cfg(target_os = "linux")]
+    {
+        let source = copy::Source::of_extents(len, files, extents)?;
+        make::populated(&source, name, options, copy::threads_for)
+    }
+    #[cfg(not(target_os = "linux"))]
+    {
+        let _ = (len, files, extents, name, options);
         Err(MemfdError::Unsupported)
     }
 }
@@ -115,6 +146,27 @@ impl MemfdRegion {
             .open(path)
             .map_err(|error| forkd_sys::PathError::new("open memfd", path, error))?;
         Self::adopt(file, &path.display().to_string())
+    }
+
+    /// Whether nobody can change its bytes: [`MemfdOptions::immutable`].
+    pub fn is_immutable(&self) -> bool {
+        // Not to be told is not to know.
+        forkd_sys::memfd::is_immutable(&self.file).unwrap_or(false)
+    }
+
+    /// [`Self::from_fd`] of a snapshot's memory, to be mapped privately.
+    ///
+    /// # Errors
+    /// As for [`Self::from_fd`]; and unless its bytes are sealed.
+    pub fn immutable_from_fd(fd: OwnedFd) -> Result<Self, MemfdError> {
+        let region = Self::from_fd(fd)?;
+        if region.is_immutable() {
+            return Ok(region);
+        }
+        Err(MemfdError::Foreign {
+            what: format!("descriptor {}", region.file.as_raw_fd()),
+            reason: "its bytes are not sealed, so that they could change under a guest".to_owned(),
+        })
     }
 
     fn adopt(file: File, what: &str) -> Result<Self, MemfdError> {

@@ -168,7 +168,8 @@ fn a_source_that_changes_while_copied_is_refused() {
         let opened = Source::open(file.path(), Some(len)).expect("open");
         file.as_file().set_len(cut).expect("cut");
         for threads in [1, 3] {
-            let error = make::populated(&opened, "cut", false, |_| threads).expect_err("cut");
+            let error = make::populated(&opened, "cut", &MemfdOptions::default(), |_| threads)
+                .expect_err("cut");
             assert!(
                 matches!(&error, MemfdError::Changed { path, before, after }
                     if path == file.path() && *before == len && *after == cut),
@@ -177,6 +178,41 @@ fn a_source_that_changes_while_copied_is_refused() {
         }
         assert_eq!(traces_of("cut"), 0);
     }
+}
+
+#[test]
+fn extents_of_several_files_are_laid_out() {
+    let (first, second) = (source(&pattern(16384, 8)), source(&pattern(8192, 9)));
+    let open = |file: &NamedTempFile| (file.path().to_owned(), file.reopen().expect("open"));
+    let extent =
+        |ram_offset, len, file, file_offset| FileExtent { ram_offset, len, file, file_offset };
+    let make = |extents: &[FileExtent]| {
+        let options = MemfdOptions { immutable: true, ..MemfdOptions::default() };
+        let files = vec![open(&first), open(&second)];
+        create_from_extents(4 * MIB, files, extents, "laid-out", &options)
+    };
+    let extents = [extent(2 * MIB, 4096, 1, 4096), extent(4096, 8192, 0, 8192)];
+    let region = make(&extents).expect("a region");
+    let mut expected = vec![0; 4 << 20];
+    expected[2 << 20..(2 << 20) + 4096].copy_from_slice(&pattern(8192, 9)[4096..]);
+    expected[4096..12288].copy_from_slice(&pattern(16384, 8)[8192..]);
+    assert!(bytes_of(region.file()) == expected);
+    assert_eq!(region.file().metadata().expect("stat").blocks() * 512, 3 * 4096);
+    assert!(region.is_immutable() && region.file().write_all_at(&[1], 0).is_err());
+    MemfdRegion::immutable_from_fd(region.try_clone().expect("clone").file.into()).expect("fit");
+    let error = make(&[extent(0, 8192, 1, 4096)]).expect_err("too short").to_string();
+    assert!(error.contains(&second.path().display().to_string()), "{error}");
+    assert_eq!(traces_of("laid-out"), 1, "that of the region");
+}
+
+#[test]
+fn a_snapshots_memory_must_be_sealed() {
+    let region = create_empty(8192, "open", &MemfdOptions::default()).expect("a region");
+    let error = MemfdRegion::immutable_from_fd(region.file.into()).expect_err("refused");
+    assert!(error.to_string().contains("its bytes are not sealed"), "{error}");
+    let file = source(&[1; 4096]).into_file();
+    let error = MemfdRegion::immutable_from_fd(file.into()).expect_err("refused").to_string();
+    assert!(error.contains("not sealed"), "{error}");
 }
 
 #[test]
@@ -213,7 +249,7 @@ fn much_data_is_copied_by_all_threads_alike() {
     }
     let mut asked = 0;
     let opened = Source::open(file.path(), None).expect("open");
-    let region = make::populated(&opened, "much", false, |data| {
+    let region = make::populated(&opened, "much", &MemfdOptions::default(), |data| {
         asked = data;
         4
     })
@@ -293,7 +329,7 @@ proptest! {
         }
         file.as_file().set_len(len).expect("size");
         let opened = Source::open(file.path(), Some(len)).expect("open");
-        let region = make::populated(&opened, "any", false, |_| threads).expect("a region");
+        let region = make::populated(&opened, "any", &MemfdOptions::default(), |_| threads).expect("a region");
         prop_assert_eq!(region.size_bytes(), len);
         prop_assert!(bytes_of(region.file()) == bytes_of(file.as_file()));
     }

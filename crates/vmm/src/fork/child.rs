@@ -106,6 +106,7 @@ pub fn be_born(birth: Birth, inherited: Inherited) -> Result<Role, Box<Stillborn
                 id: zygote.record.id.clone(),
                 pid,
                 error: None,
+                root: None,
                 timing: zygote.timing,
             };
             crate::process::report(&mut pipe, &result);
@@ -113,7 +114,13 @@ pub fn be_born(birth: Birth, inherited: Inherited) -> Result<Role, Box<Stillborn
         }
         Err(error) => {
             let pid = Some(std::process::id());
-            let result = ChildResult { id: spec.id, pid, error: Some(error.to_string()), timing };
+            let result = ChildResult {
+                id: spec.id,
+                pid,
+                error: Some(error.to_string()),
+                root: None,
+                timing,
+            };
             Err(Box::new(Stillborn { pipe: report, result }))
         }
     }
@@ -248,14 +255,15 @@ fn settle_as_zygote(
         dir.write_record(&record)?;
         machine.reopen_logs(&dir)?;
         detach_stdio(&dir).map_err(VmmError::io("cannot reopen standard streams"))?;
-        machine.share_root();
         let reactor = Reactor::new().map_err(VmmError::io("cannot make an epoll set"))?;
         Control::new(reactor, &dir.file("api.sock"))
     })();
     match built {
         Ok(control) => {
             let timing = Timing { ready_ns: monotonic_ns(), ..timing };
-            Ok(Role::Zygote(Box::new(Zygote { control, machine, saved, dir, record, timing })))
+            let unshared = Some(0);
+            let zygote = Zygote { control, machine, saved, dir, record, timing, unshared };
+            Ok(Role::Zygote(Box::new(zygote)))
         }
         Err(error) => {
             dir.remove()?;

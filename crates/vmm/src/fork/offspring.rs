@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 
 use forkd_api::server::RequestId;
 use forkd_api::types::{ChildResult, ChildSpec, ForkResponse, SourcePause, Timing};
+use forkd_snapshot::Parent;
 use forkd_sys::fork::{Child, PidFd};
 
 use forkd_sys::reactor::{Interest, Reactor, Readiness, Token};
@@ -80,6 +81,8 @@ pub struct Offspring {
     batches: BTreeMap<u64, Batch>,
     reports: BTreeMap<u64, Report>,
     living: BTreeMap<u64, Living>,
+    /// Durable snapshots that writers have told of.
+    written: Vec<Parent>,
 }
 
 impl Offspring {
@@ -91,6 +94,7 @@ impl Offspring {
             batches: BTreeMap::new(),
             reports: BTreeMap::new(),
             living: BTreeMap::new(),
+            written: Vec::new(),
         }
     }
 
@@ -233,12 +237,20 @@ impl Offspring {
         }
         let Some(report) = self.reports.remove(&token) else { return Ok(()) };
         reactor.remove(&report.pipe)?;
-        let result = serde_json::from_slice(&report.text).unwrap_or_else(|_| {
+        let result: ChildResult = serde_json::from_slice(&report.text).unwrap_or_else(|_| {
             let why = "its process died before it reported: see its vmm.log, or the kernel's log";
             failed(&report.spec.id, Some(report.pid), why.to_owned())
         });
+        if let Some(root) = result.root.as_ref().and_then(|root| root.parse().ok()) {
+            self.written.push(Parent { tag: report.spec.id, root });
+        }
         self.settle(report.batch, report.index, result);
         Ok(())
+    }
+
+    /// Durable snapshots that have been written since this was asked.
+    pub fn take_written(&mut self) -> Vec<Parent> {
+        std::mem::take(&mut self.written)
     }
 
     /// Batches whose children have all spoken, or had the time to.
@@ -304,5 +316,11 @@ fn forget_dir(dir: &std::path::Path, pid: u32) {
 
 /// The result of a child that failed.
 pub fn failed(id: &str, pid: Option<u32>, error: String) -> ChildResult {
-    ChildResult { id: id.to_owned(), pid, error: Some(error), timing: Timing::default() }
+    ChildResult {
+        id: id.to_owned(),
+        pid,
+        error: Some(error),
+        root: None,
+        timing: Timing::default(),
+    }
 }

@@ -26,8 +26,9 @@ use forkd_devices::virtio::pmem::{Pmem, PmemConfig};
 use forkd_devices::virtio::rng::Rng;
 use forkd_devices::virtio::vsock::{Vsock, VsockEndpoint};
 use forkd_devices::vmgenid::VmGenId;
-use forkd_memory::{AnonOptions, GuestRam};
-use forkd_snapshot::Digest;
+use forkd_memory::backend::Userfault;
+use forkd_memory::{AnonOptions, GuestRam, LoadStatus};
+use forkd_snapshot::{Digest, Parent};
 use forkd_sys::reactor::{Interest, Reactor, Readiness, Token};
 use forkd_sys::wake::Waker;
 use forkd_vm::{ExitBus, Host, MemSlot, layout};
@@ -44,6 +45,9 @@ use wiring::Wiring;
 
 /// Bytes of serial console that a VM keeps on disk; older output makes room for newer.
 const CONSOLE_LIMIT: u64 = 1 << 20;
+
+/// Bytes of the root image that are mapped at once: half a millisecond of work.
+const SHARED_AT_ONCE: usize = 8 << 20;
 
 /// Lines of console that an error message quotes.
 const TAIL_LINES: usize = 10;
@@ -138,6 +142,8 @@ pub struct Machine {
     /// The disks.
     blocks: Vec<Arc<MmioTransport<Block>>>,
     blueprint: Blueprint,
+    /// The last durable snapshot of this machine.
+    latest: Option<Parent>,
 }
 
 /// What a machine is built to, besides its RAM.
@@ -151,17 +157,8 @@ pub struct Blueprint {
     pub drives: Vec<DriveConfig>,
     /// Digest of the kernel that was booted.
     pub kernel: String,
-    /// The durable snapshot whose files RAM is mapped from, if it is.
-    pub base: Option<Base>,
-}
-
-/// A durable snapshot that a machine's RAM is mapped from: pages that were not written since are its own.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Base {
-    /// Its tag.
-    pub tag: String,
-    /// Its root hash.
-    pub root: Digest,
+    /// The durable snapshot whose files RAM is mapped from, if it is: pages that were not written since are its own.
+    pub base: Option<Parent>,
 }
 
 impl std::fmt::Debug for Machine {
@@ -257,6 +254,7 @@ impl Machine {
             disks,
             blocks,
             blueprint,
+            latest: None,
         })
     }
 
@@ -273,6 +271,16 @@ impl Machine {
     /// What it was built to.
     pub fn blueprint(&self) -> &Blueprint {
         &self.blueprint
+    }
+
+    /// A durable snapshot of this machine has been written.
+    pub fn set_latest(&mut self, snapshot: Parent) {
+        self.latest = Some(snapshot);
+    }
+
+    /// What a diff can be over, the best first. No page that was written since one of them is one of the base's own.
+    pub fn forebears(&self) -> impl Iterator<Item = &Parent> {
+        self.latest.iter().chain(&self.blueprint.base)
     }
 
     /// Fds of the disks' base images.
@@ -370,6 +378,14 @@ impl Machine {
         let (printed, lost) = self.console.counters();
         metrics.insert("console.printed_bytes".into(), printed);
         metrics.insert("console.lost_bytes".into(), lost);
+        if let Some(lazy) = self.ram.lazy() {
+            metrics.insert("ram.faults".into(), lazy.faults());
+            let missing = match lazy.status() {
+                LoadStatus::Loading { remaining } => remaining,
+                LoadStatus::Failed(_) | LoadStatus::Complete => 0,
+            };
+            metrics.insert("ram.missing_bytes".into(), missing);
+        }
         metrics.extend(engine.map(Engine::metrics).unwrap_or_default());
         metrics
     }
@@ -385,6 +401,9 @@ impl Machine {
         }
         if let Some(memfd) = self.ram.memfd_region() {
             registry.register(memfd, Disposition::Inherit, "ram");
+        }
+        for fd in self.ram.lazy().map(Userfault::descriptors).iter().flatten() {
+            registry.register(fd, Disposition::Inherit, "userfault");
         }
         registry.register(self.wiring.waker(), Disposition::Reopen, "waker");
         if let Some(fd) = self.console.raw_fd() {
@@ -492,13 +511,18 @@ impl Machine {
             .map_err(|e| VmmError::Setup("cannot drop the source's connections", e.into()))
     }
 
-    /// In a zygote: maps what the page cache holds of the root image. Its children's pages of it are then shared with
-    /// the zygote as well, and nothing that one child maps counts as its alone. If the kernel refuses, the log says so:
-    /// nothing depends on it but the accounting.
-    pub fn share_root(&self) {
-        if let Err(error) = self.root.file.populate_resident(0, self.root.file.len()) {
+    /// In a zygote: maps what the page cache holds of a part of the root image, from byte `offset`; gives where the next
+    /// part begins, or none at the end. Its children's pages of it are then shared with the zygote as well, and nothing
+    /// that one child maps counts as its alone. If the kernel refuses, the log says so: nothing depends on it but the
+    /// accounting.
+    pub fn share_root(&self, offset: usize) -> Option<usize> {
+        let file = &self.root.file;
+        let len = SHARED_AT_ONCE.min(file.len().checked_sub(offset)?);
+        if let Err(error) = file.populate_resident(offset, len) {
             crate::log::line(&format!("children map the root image on their own: {error}"));
+            return None;
         }
+        Some(offset + len).filter(|next| *next < file.len())
     }
 
     /// In a child: listens at its own socket.

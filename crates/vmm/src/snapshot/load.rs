@@ -1,37 +1,54 @@
 //! Loading a durable snapshot: a zygote over its files, or a VM.
 //!
 //! RAM is mapped from the snapshot's files, privately: nothing is read before the guest touches it, and all children of
-//! all zygotes of a snapshot share the page cache. RAM in a shared memfd is a copy of them.
+//! all zygotes of a snapshot share the page cache. RAM in a shared memfd is a copy of them; a private one is a copy that
+//! all VMs of a load share; and with a userfaultfd they are read as the guest touches them.
 
-use std::io::{self, Read};
+#![allow(unsafe_code)]
+
+use std::fs::File;
+use std::io::{self, Read, Write};
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use forkd_api::types::{DriveConfig, RestoreConfig, RestoredMemory, Timing, VmRecord};
 use forkd_devices::virtio::block::ExtentKind;
-use forkd_memory::memfd::create_empty;
-use forkd_memory::{FileExtent, GuestRam, MemfdError, MemfdOptions, MemoryError, Sharing};
+use forkd_memory::backend::FileSource;
+use forkd_memory::memfd::create_from_extents;
+use forkd_memory::{
+    FileExtent, GuestRam, MemfdError, MemfdOptions, MemfdRegion, MemoryError, Sharing, WorkingSet,
+};
 use forkd_snapshot::{
-    HostFacts, Loaded, PAGE_SIZE, Platform, Resolved, SnapshotError, Store, Verification,
-    check_host,
+    Extent, HostFacts, Loaded, PAGE_SIZE, Parent, Platform, Resolved, SourceFile, Store,
+    Verification, check_host,
 };
 use forkd_sys::clock::{monotonic_ns, realtime_ns};
-use forkd_sys::memfd::next_data;
+use forkd_sys::fds::take_inherited;
 use forkd_sys::reactor::Reactor;
 use forkd_vm::Host;
 
 use super::state::SavedVm;
 use crate::control::Control;
 use crate::fork::{SavedKvm, child};
-use crate::machine::{Base, Blueprint, Machine, MachineError};
+use crate::lazy::{Lazy, Origin};
+use crate::machine::{Blueprint, Machine, MachineError};
 use crate::process::{Role, VmmError, tell};
 use crate::run_dir::RunDir;
 use crate::zygote::Zygote;
 
-/// Bytes of RAM that are copied at a time: few enough to stay in the CPU's cache.
-const PIECE: usize = 256 << 10;
+/// Why RAM could not be had.
+#[derive(Debug, thiserror::Error)]
+enum RamError {
+    #[error(transparent)]
+    Memfd(#[from] MemfdError),
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    #[error("cannot share the memory's file: {0}")]
+    Share(io::Error),
+    #[error("its memfd was not handed on")]
+    NoMemfd,
+}
 
 /// Builds a zygote from a durable snapshot, says so on standard output, and lets go of the standard streams; or a VM,
 /// which does so once its vCPUs run.
@@ -40,8 +57,12 @@ const PIECE: usize = 256 << 10;
 /// The snapshot is damaged, or not for this host; something can't be had. The run directory is removed then.
 pub fn restore(config: &RestoreConfig) -> Result<Role, VmmError> {
     let requested_ns = monotonic_ns();
+    // SAFETY: this process has opened nothing so far but its standard streams, whose numbers are refused.
+    let inherited = config.memfd.map(|number| unsafe { take_inherited(number) }).transpose();
+    let inherited =
+        inherited.map_err(|e| VmmError::Config(format!("no memfd for its RAM: {e}")))?;
     let dir = RunDir::create(&config.dir)?;
-    let (machine, kvm, record) = match build(config, &dir) {
+    let Built { machine, kvm, record, lazy } = match build(config, &dir, inherited) {
         Ok(built) => built,
         Err(error) => {
             // The error at hand is the one to tell; a directory that stays is swept later.
@@ -51,7 +72,9 @@ pub fn restore(config: &RestoreConfig) -> Result<Role, VmmError> {
     };
     let timing = Timing { requested_ns, ..Timing::default() };
     if config.run_as.is_some() {
-        return child::run_loaded(machine, &kvm, dir, record, timing).map(Role::Running);
+        let mut running = child::run_loaded(machine, &kvm, dir, record, timing)?;
+        running.adopt_lazy(lazy).map_err(VmmError::io("cannot watch the loading of RAM"))?;
+        return Ok(Role::Running(running));
     }
     match serve_zygote(&machine, &dir) {
         Ok(control) => {
@@ -59,7 +82,9 @@ pub fn restore(config: &RestoreConfig) -> Result<Role, VmmError> {
             let saved = Arc::new(kvm);
             tell(&serde_json::json!({"ok": true}));
             child::detach_stdio(&dir).map_err(VmmError::io("cannot reopen standard streams"))?;
-            Ok(Role::Zygote(Box::new(Zygote { control, machine, saved, dir, record, timing })))
+            let unshared = Some(0);
+            let zygote = Zygote { control, machine, saved, dir, record, timing, unshared };
+            Ok(Role::Zygote(Box::new(zygote)))
         }
         Err(error) => {
             dir.remove()?;
@@ -70,12 +95,23 @@ pub fn restore(config: &RestoreConfig) -> Result<Role, VmmError> {
 
 fn serve_zygote(machine: &Machine, dir: &RunDir) -> Result<Control, VmmError> {
     machine.ram().check_fork().map_err(MachineError::from)?;
-    machine.share_root();
     let reactor = Reactor::new().map_err(VmmError::io("cannot make an epoll set"))?;
     Control::new(reactor, &dir.file("api.sock"))
 }
 
-fn build(config: &RestoreConfig, dir: &RunDir) -> Result<(Machine, SavedKvm, VmRecord), VmmError> {
+/// What a snapshot was made into.
+struct Built {
+    machine: Machine,
+    kvm: SavedKvm,
+    record: VmRecord,
+    lazy: Option<Lazy>,
+}
+
+fn build(
+    config: &RestoreConfig,
+    dir: &RunDir,
+    inherited: Option<OwnedFd>,
+) -> Result<Built, VmmError> {
     let wrong = |why: String| {
         VmmError::Config(format!("snapshot {} cannot be loaded: {why}", config.restore_from))
     };
@@ -107,26 +143,49 @@ fn build(config: &RestoreConfig, dir: &RunDir) -> Result<(Machine, SavedKvm, VmR
         created_unix_ms: realtime_ns() / 1_000_000,
     };
     dir.write_record(&record)?;
+    let source = Parent { tag: config.restore_from.clone(), root: manifest.root };
     let blueprint = Blueprint {
         id: saved.machine.id.clone(),
         root: config.root.clone(),
         drives: saved.machine.drives.iter().map(DriveConfig::from).collect(),
         kernel: manifest.kernel.clone(),
-        // In a memfd nothing tells which pages were written since.
-        base: (config.memory == RestoredMemory::File)
-            .then(|| Base { tag: config.restore_from.clone(), root: manifest.root }),
+        // Of private mappings it can be told which pages were written since.
+        base: matches!(config.memory, RestoredMemory::File | RestoredMemory::MemfdPrivate)
+            .then(|| source.clone()),
     };
+    let memory = &loaded.memory;
+    let (store, tag) = (config.store.clone(), config.restore_from.clone());
+    let origin = Origin { store, tag, root: manifest.root };
+    let mut known = WorkingSet::default();
     let ram = match config.memory {
-        RestoredMemory::File => map_ram(&loaded.memory, mem_mib)?,
-        RestoredMemory::MemfdShared => copy_ram(&loaded.memory, mem_mib, &config.id)
-            .map_err(|error| wrong(format!("its RAM: {error}")))?,
-    };
-    let machine = Machine::assemble(host, ram, blueprint, dir)?;
+        RestoredMemory::File => map_ram(memory, mem_mib),
+        RestoredMemory::MemfdShared => copy_ram(memory, mem_mib, &config.id),
+        RestoredMemory::MemfdPrivate => share_ram(inherited, mem_mib),
+        RestoredMemory::Userfault => {
+            known = working_set(&origin, memory.len, dir);
+            lazy_ram(memory, mem_mib, known.clone())
+        }
+    }
+    .map_err(|error| wrong(format!("its RAM: {error}")))?;
+    let mut machine = Machine::assemble(host, ram, blueprint, dir)?;
+    machine.set_latest(source);
+    let lazy = Lazy::begin(&machine, origin, known, dir.path());
     machine.restore_devices(&saved.devices).map_err(|e| wrong(e.to_string()))?;
     for (index, disk) in loaded.disks.iter().enumerate() {
         fill_disk(&machine, index, disk).map_err(|e| wrong(e.to_string()))?;
     }
-    Ok((machine, saved.kvm, record))
+    Ok(Built { machine, kvm: saved.kvm, record, lazy })
+}
+
+/// What to fetch ahead. A working set that is no good is as good as none.
+fn working_set(origin: &Origin, size: u64, dir: &RunDir) -> WorkingSet {
+    origin.working_set(size).map(Option::unwrap_or_default).unwrap_or_else(|why| {
+        // Standard error is whoever started this process, as yet.
+        let log = std::fs::File::options().create(true).append(true).open(dir.file("vmm.log"));
+        // Without a log it stays unsaid.
+        let _ = log.and_then(|mut log| writeln!(log, "nothing is fetched ahead: {why}"));
+        WorkingSet::default()
+    })
 }
 
 /// Whether the snapshot is for this host. Its kernel is in its RAM; its root image was found by digest.
@@ -141,61 +200,65 @@ fn check(loaded: &Loaded, host: &Host) -> Result<(), String> {
         .map_err(|found| found.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))
 }
 
-fn map_ram(memory: &Resolved, mem_mib: u32) -> Result<GuestRam, VmmError> {
+fn map_ram(memory: &Resolved, mem_mib: u32) -> Result<GuestRam, RamError> {
+    Ok(GuestRam::from_file(mem_mib, &files(memory)?, &extents(memory))?)
+}
+
+/// The memfd that this process was started with.
+fn share_ram(inherited: Option<OwnedFd>, mem_mib: u32) -> Result<GuestRam, RamError> {
+    let region = MemfdRegion::immutable_from_fd(inherited.ok_or(RamError::NoMemfd)?)?;
+    Ok(GuestRam::memfd(mem_mib, region, Sharing::Private)?)
+}
+
+fn lazy_ram(memory: &Resolved, mem_mib: u32, ahead: WorkingSet) -> Result<GuestRam, RamError> {
+    let source = FileSource::new(memory.len, files(memory)?, &extents(memory))?;
+    Ok(GuestRam::userfault(mem_mib, Box::new(source), Some(ahead))?)
+}
+
+fn files(memory: &Resolved) -> Result<Vec<File>, RamError> {
     let files = memory.files.iter().map(|source| source.file.try_clone());
-    let files: Vec<_> =
-        files.collect::<io::Result<_>>().map_err(VmmError::io("cannot share the memory's file"))?;
-    let extents = memory.extents.iter().map(|e| FileExtent {
+    files.collect::<io::Result<_>>().map_err(RamError::Share)
+}
+
+fn extents(memory: &Resolved) -> Vec<FileExtent> {
+    let extent = |e: &Extent| FileExtent {
         ram_offset: e.offset,
         len: e.len,
         file: e.file,
         file_offset: e.file_offset,
-    });
-    let extents: Vec<FileExtent> = extents.collect();
-    Ok(GuestRam::from_file(mem_mib, &files, &extents).map_err(MachineError::from)?)
-}
-
-/// Why a shared memfd could not be had.
-#[derive(Debug, thiserror::Error)]
-enum CopyError {
-    #[error(transparent)]
-    Memfd(#[from] MemfdError),
-    #[error(transparent)]
-    Memory(#[from] MemoryError),
-    #[error(transparent)]
-    Snapshot(#[from] SnapshotError),
-    #[error("cannot seek in {0}: {1}")]
-    Seek(PathBuf, io::Error),
-    #[error("cannot write {len} bytes at {offset:#x} of its memfd: {source}")]
-    Write { offset: u64, len: usize, source: io::Error },
+    };
+    memory.extents.iter().map(extent).collect()
 }
 
 /// A memfd of this process's own, with the bytes of the files; what is zero there takes no memory.
-fn copy_ram(memory: &Resolved, mem_mib: u32, name: &str) -> Result<GuestRam, CopyError> {
-    let memfd = create_empty(u64::from(mem_mib) << 20, name, &MemfdOptions::default())?;
-    let mut piece = vec![0; PIECE];
-    for extent in &memory.extents {
-        let source = &memory.files[extent.file];
-        let seek = |source_error| CopyError::Seek(source.path.clone(), source_error);
-        let end = extent.file_offset + extent.len;
-        let mut at = extent.file_offset;
-        // Extents take in holes, which would become zeroes that take memory.
-        while let Some(data) = next_data(&*source.file, at, end).map_err(seek)? {
-            at = data.start;
-            while at < data.end {
-                // At most PIECE.
-                let len = (data.end - at).min(PIECE as u64) as usize;
-                let offset = extent.offset + (at - extent.file_offset);
-                memory.read_at(offset, &mut piece[..len])?;
-                memfd
-                    .file()
-                    .write_all_at(&piece[..len], offset)
-                    .map_err(|source| CopyError::Write { offset, len, source })?;
-                at += len as u64;
-            }
-        }
-    }
-    Ok(GuestRam::memfd(mem_mib, memfd, Sharing::Shared)?)
+fn copy_ram(memory: &Resolved, mem_mib: u32, name: &str) -> Result<GuestRam, RamError> {
+    let region = populate(memory, name, &MemfdOptions::default())?;
+    Ok(GuestRam::memfd(mem_mib, region, Sharing::Shared)?)
+}
+
+/// Makes a memfd that has a snapshot's memory, which nobody can change: what children map privately. It is for a process
+/// that starts them, and hands it on ([`RestoreConfig::memfd`]).
+///
+/// # Errors
+/// Names the file that can't be read, or what the kernel refuses.
+pub fn memory_of(memory: &Resolved, name: &str) -> Result<MemfdRegion, MemfdError> {
+    populate(memory, name, &MemfdOptions { immutable: true, ..MemfdOptions::default() })
+}
+
+fn populate(
+    memory: &Resolved,
+    name: &str,
+    options: &MemfdOptions,
+) -> Result<MemfdRegion, MemfdError> {
+    let share = |source: &SourceFile| Ok((source.path.clone(), source.file.try_clone()?));
+    let files = memory.files.iter().map(share).collect::<io::Result<Vec<_>>>();
+    let files = files.map_err(|source| MemfdError::Create {
+        action: "open the files for",
+        name: name.to_owned(),
+        len: memory.len,
+        source,
+    })?;
+    create_from_extents(memory.len, files, &extents(memory), name, options)
 }
 
 fn fill_disk(machine: &Machine, index: usize, disk: &Resolved) -> io::Result<()> {

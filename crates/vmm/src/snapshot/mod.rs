@@ -2,14 +2,13 @@
 //!
 //! ```text
 //!   zygote --POST /persist--> forks a writer, which writes RAM, disks and state, and ends
-//!   running VM --POST /persist--> the same for what changed since the snapshot that it came from (mode `diff`)
+//!   running VM --POST /persist--> the same for what differs from its last durable snapshot (mode `diff`)
 //!   running VM --POST /snapshot--> writes by itself, while its vCPUs are parked (mode `full`)
 //!                              --> forks a writer and write-protects RAM; the writer does it while the VM runs (`live`)
 //!   forkd vm {restore_from} --> a zygote over the snapshot's files, or a VM
 //! ```
 //!
-//! The files are the business of `forkd_snapshot`; here is what goes into them. Known hole: a
-//! diff is over the snapshot that the VM was loaded from, not over an earlier diff of the same VM.
+//! The files are the business of `forkd_snapshot`; here is what goes into them.
 
 pub mod live;
 mod load;
@@ -20,7 +19,7 @@ use forkd_snapshot::KvmFlavour;
 use forkd_vm::Host;
 use forkd_vm::host::Flavour;
 
-pub use load::restore;
+pub use load::{memory_of, restore};
 pub use save::{
     Errand, SaveError, WRITE_TIMEOUT, fill, finish, fork_writer, run_writer, stage, stage_diff,
 };

@@ -8,7 +8,8 @@ use forkd_api::types::{ChildResult, ChildSpec, Timing, VmRecord};
 use forkd_devices::virtio::block::{Disk, ExtentKind};
 use forkd_memory::{GuestRam, MemoryBackend};
 use forkd_snapshot::{
-    Facts, ImageRef, Mode, PAGE_SIZE, PageWriter, Platform, SnapshotError, Staged, Store,
+    Facts, ImageRef, Manifest, Mode, PAGE_SIZE, PageWriter, Parent, Platform, SnapshotError,
+    Staged, Store,
 };
 use forkd_state::StateError;
 use forkd_sys::pagemap::{Categories, Pagemap, Query};
@@ -70,29 +71,27 @@ pub fn stage(store: &Path, tag: &str) -> Result<Staged, SnapshotError> {
     Store::open(store)?.stage(tag, None)
 }
 
-/// Begins a diff `tag` over the durable snapshot that a machine's RAM is mapped from.
+/// Begins a diff `tag` over the last durable snapshot of a machine, or the one that it was loaded from.
 ///
 /// # Errors
 /// One line: there is no such snapshot, or not that one any more; the tag is taken, or the store can't be used.
 pub fn stage_diff(machine: &Machine, store: &Path, tag: &str) -> Result<Staged, String> {
-    let Some(base) = &machine.blueprint().base else {
-        return Err("a diff needs a durable snapshot that this VM came from: fork it from one that was loaded, \
-                    or take mode fork"
-            .to_owned());
-    };
-    let staged = Store::open(store)
-        .and_then(|store| store.stage(tag, Some(&base.tag)))
-        .map_err(|e| e.to_string())?;
-    if staged.parent().is_none_or(|parent| parent.root != base.root) {
-        let why = format!(
-            "durable snapshot {} is not the one any more that this VM came from: take mode fork",
-            base.tag
-        );
-        // The answer tells; the list does, too.
-        drop(staged.fail(&why));
-        return Err(why);
+    let store = Store::open(store).map_err(|e| e.to_string())?;
+    let mut why = "a diff needs a durable snapshot of this VM, or one that it was loaded from: take mode full or live \
+                   first, or fork it from one that was loaded"
+        .to_owned();
+    for parent in machine.forebears() {
+        match store.stage_over(tag, parent) {
+            Ok(staged) => return Ok(staged),
+            Err(
+                error @ (SnapshotError::ParentMissing { .. }
+                | SnapshotError::ParentChanged { .. }
+                | SnapshotError::TooDeep { .. }),
+            ) => why = format!("{error}; take mode fork"),
+            Err(error) => return Err(error.to_string()),
+        }
     }
-    Ok(staged)
+    Err(why)
 }
 
 /// Forks a process that writes what `errand` says; it tells so in a report.
@@ -132,12 +131,17 @@ pub fn run_writer(
     let Errand { mut staged, mode } = errand;
     let filled = fill(machine, saved, source, &mut staged);
     let written = finish(machine, source, staged, mode, filled);
-    let error = written.as_ref().err().map(ToString::to_string);
-    report(&mut pipe, &ChildResult { id, pid: Some(std::process::id()), error, timing });
-    forkd_sys::fork::exit_now(i32::from(written.is_err()))
+    let code = i32::from(written.is_err());
+    let (root, error) = match written {
+        Ok(snapshot) => (Some(snapshot.root.to_string()), None),
+        Err(error) => (None, Some(error.to_string())),
+    };
+    let pid = Some(std::process::id());
+    report(&mut pipe, &ChildResult { id, pid, error, root, timing });
+    forkd_sys::fork::exit_now(code)
 }
 
-/// Publishes what [`fill`] has written; the VM may run again.
+/// Publishes what [`fill`] has written, and says what a diff over it would name; the VM may run again.
 ///
 /// # Errors
 /// That of `filled`, or [`SaveError`]; the store then lists it as failed, with the reason.
@@ -147,9 +151,13 @@ pub fn finish(
     staged: Staged,
     mode: Mode,
     filled: Result<(), SaveError>,
-) -> Result<(), SaveError> {
+) -> Result<Parent, SaveError> {
     match filled.and_then(|()| facts(machine, source, mode)) {
-        Ok(facts) => Ok(staged.commit(facts).map(drop)?),
+        Ok(facts) => {
+            let snapshot = staged.commit(facts)?;
+            let Manifest { tag, root, .. } = snapshot.manifest();
+            Ok(Parent { tag: tag.clone(), root: *root })
+        }
         Err(error) => {
             // The error at hand is the one to tell; without the note the list says that the writer died.
             drop(staged.fail(&error.to_string()));
@@ -170,7 +178,8 @@ pub fn fill(
 ) -> Result<(), SaveError> {
     staged.state(&encode(machine, saved, source.generation)?)?;
     let ram = staged.memory(u64::from(machine.ram().mem_mib()) << 20)?;
-    write_ram(machine.ram(), &ram, staged.parent().is_some())?;
+    let skip_base = staged.parent().is_some() && machine.blueprint().base.is_some();
+    write_ram(machine.ram(), &ram, skip_base)?;
     write_disks(&machine.disks(), staged)
 }
 
@@ -178,7 +187,8 @@ pub fn fill(
 pub(super) fn write_disks(disks: &Disks, staged: &mut Staged) -> Result<(), SaveError> {
     let mut index = 0;
     disks.each(|disk| {
-        let writer = staged.disk(disk.size().next_multiple_of(PAGE_SIZE), true)?;
+        let whole = staged.parent().is_none();
+        let writer = staged.disk(disk.size().next_multiple_of(PAGE_SIZE), whole)?;
         write_disk(index, disk, &writer)?;
         index += 1;
         Ok(())
@@ -205,14 +215,15 @@ pub(super) fn facts(machine: &Machine, source: &VmRecord, mode: Mode) -> Result<
 }
 
 /// Writes RAM: regions lie one after the other in the file. What was never touched is skipped where that can be told;
-/// with `changed` alone, so are the pages that are still the base snapshot's: those that are of its files. (A page that
-/// was written since is anonymous memory of this VM. It is written to the diff even if it is zero.)
-fn write_ram(ram: &GuestRam, writer: &PageWriter, changed: bool) -> Result<(), SaveError> {
-    let none_of = if changed { Categories::FILE } else { Categories::ZERO };
+/// with `skip_base`, so are the pages that are still the base snapshot's, and so those of all diffs over it on the way
+/// here: those that are of its files. (A page that was written since is anonymous memory of this VM. It is given to the
+/// writer even if it is zero.) What is given and is the parent's all the same, the writer drops.
+fn write_ram(ram: &GuestRam, writer: &PageWriter, skip_base: bool) -> Result<(), SaveError> {
+    let none_of = if skip_base { Categories::FILE } else { Categories::ZERO };
     let touched =
         Query { any_of: Categories::PRESENT | Categories::SWAPPED, none_of, ..Query::default() };
     let mut pagemap = match ram.kind() {
-        _ if changed => {
+        _ if skip_base => {
             // Without it there is no telling what changed: no diff then.
             Some(Pagemap::own().map_err(|e| SaveError::Ram { gpa: 0, why: e.to_string() })?)
         }
@@ -227,7 +238,7 @@ fn write_ram(ram: &GuestRam, writer: &PageWriter, changed: bool) -> Result<(), S
         let scanned = pagemap.as_mut().is_some_and(|pagemap| {
             pagemap.scan(host.clone(), touched, |pages| ranges.push(pages.range)).is_ok()
         });
-        if !scanned && changed {
+        if !scanned && skip_base {
             let why =
                 "this kernel cannot tell which pages changed (PAGEMAP_SCAN, Linux 6.7)".to_owned();
             return Err(SaveError::Ram { gpa: region.gpa, why });

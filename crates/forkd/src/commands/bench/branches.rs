@@ -4,7 +4,8 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
-use forkd_api::types::{RestoredMemory, SnapshotMode};
+use forkd_api::types::SnapshotMode;
+use forkd_memory::MemoryBackend;
 use forkd_snapshot::{Removal, Store};
 use serde::Serialize;
 
@@ -228,7 +229,7 @@ impl Bench<'_> {
     /// Mode `live`, of a VM whose RAM is a memfd.
     fn live(&mut self, tag: &str, load: &str, code: &str) -> Result<()> {
         let request = Request { count: 1, name: None, wait: Some(WAIT) };
-        let forked = fork::load(self.paths, tag, &request, RestoredMemory::MemfdShared)?;
+        let forked = fork::load(self.paths, tag, &request, MemoryBackend::MemfdShared)?;
         let (brood, vm) = self.busy(Brood::adopt(self.paths, forked)?, code)?;
         let taken = format!("{tag}.s");
         let store = self.store.dir().to_path_buf();

@@ -180,7 +180,7 @@ impl Userfault {
         self.shared.retry()
     }
 
-    /// Begins to load all, and returns at once; [`Self::events`] tells of the end.
+    /// Begins to load all at low priority, and returns at once; [`Self::events`] tells of the end.
     pub fn load_all(&self) {
         self.shared.lock().load_all = true;
         self.shared.notify();
@@ -206,7 +206,18 @@ impl Userfault {
 
     /// What was fetched ahead and what was touched since, in order: the working set for the next load.
     pub fn recorded(&self) -> WorkingSet {
-        self.shared.lock().recorded.clone()
+        let recorded = self.shared.lock().recorded.clone();
+        recorded.distinct(self.mapping.len() as u64)
+    }
+
+    /// How many page faults were served.
+    pub fn faults(&self) -> u64 {
+        self.shared.lock().faults
+    }
+
+    /// Its descriptors, for who closes others: they stay open for as long as this lives, in a forked child too.
+    pub fn descriptors(&self) -> [BorrowedFd<'_>; 3] {
+        self.shared.descriptors()
     }
 
     /// Whether all is loaded and the threads are gone. They end by themselves right after the last

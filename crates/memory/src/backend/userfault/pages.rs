@@ -30,6 +30,8 @@ pub(super) struct Pages {
     wanted: u64,
     /// What was fetched ahead and what was faulted in, in order.
     pub(super) recorded: WorkingSet,
+    /// Page faults that were taken note of.
+    pub(super) faults: u64,
     /// Ranges of pages that a guest waits for and the source did not give.
     pub(super) failed: Vec<Range<u64>>,
     /// Why not, the first time.
@@ -50,6 +52,7 @@ impl Pages {
             count,
             wanted: count,
             recorded: WorkingSet::default(),
+            faults: 0,
             failed: Vec::new(),
             failure: None,
             load_all: false,

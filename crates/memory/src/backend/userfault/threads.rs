@@ -5,6 +5,7 @@
 
 use std::io;
 use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use forkd_sys::mmap::Mapping;
@@ -21,6 +22,9 @@ pub(super) const PAGE: u64 = 4096;
 pub(super) const FAULT_PAGES: u64 = 16;
 /// Pages that are fetched ahead at once: 256 KiB.
 const AHEAD_PAGES: u64 = 64;
+
+/// Nice value of the thread that fetches ahead, once that is what nobody has needed so far: the least.
+const BACKGROUND: i32 = 19;
 
 static ZERO_PAGE: [u8; PAGE as usize] = [0; PAGE as usize];
 
@@ -69,6 +73,10 @@ impl Shared {
     pub(super) fn lock(&self) -> MutexGuard<'_, Pages> {
         // Each change of the state is complete in itself, so a panic elsewhere leaves it usable.
         self.pages.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn descriptors(&self) -> [BorrowedFd<'_>; 3] {
+        [self.uffd.as_fd(), self.events.as_fd(), self.kick.as_fd()]
     }
 
     /// Waits for a change of what the lock guards.
@@ -194,6 +202,7 @@ impl Shared {
     }
 
     fn serve(&self, fault: Fault, buffer: &mut Vec<u8>) -> Result<(), SourceFailure> {
+        self.lock().faults += 1;
         let page = fault.address.saturating_sub(self.base) / PAGE;
         let write = matches!(fault.kind, FaultKind::Missing { write: true });
         let first = page - page % FAULT_PAGES;
@@ -292,12 +301,18 @@ impl Shared {
     /// The thread that fetches ahead: first `ahead`, then all if that is asked for. Ends when all is
     /// loaded, or is told to.
     pub(super) fn fetch_ahead(&self, ahead: &[Range<u64>]) {
+        let mut unhurried = false;
         let mut todo: Vec<Range<u64>> =
             ahead.iter().rev().map(|r| r.start / PAGE..r.end / PAGE).collect();
         let mut buffer = Vec::new();
         let mut next = 0;
         loop {
             let Some(range) = self.next_range(&mut todo, &mut next) else { return };
+            if next > 0 && !unhurried {
+                unhurried = true;
+                // Of this thread alone (setpriority(2)); only to be nicer may be refused to nobody.
+                let _nicer = rustix::process::setpriority_process(None, BACKGROUND);
+            }
             if let Err(failure) = self.load(range.clone(), None, &mut buffer) {
                 // To be asked for again after a retry.
                 todo.push(range);

@@ -1,6 +1,7 @@
 //! Which pages a guest needs first: recorded at one load, fetched ahead at the next.
 
-use std::io;
+use std::fs::File;
+use std::io::{self, Read};
 use std::ops::Range;
 use std::path::Path;
 
@@ -8,10 +9,14 @@ use forkd_state::{Reader, StateError, Tag, Writer};
 use forkd_sys::PathError;
 use serde::{Deserialize, Serialize};
 
+use super::pages::Pages;
+
 const TAG: Tag = Tag::new(b"WSET");
 const VERSION: u16 = 1;
 /// Unit of what is saved, in bytes.
 const UNIT: u64 = 4096;
+/// Most bytes of a file: a range takes 3 to 6, and few have many.
+const MAX_FILE: u64 = 16 << 20;
 
 /// Ranges of RAM in the order in which a guest came to need them.
 ///
@@ -19,7 +24,7 @@ const UNIT: u64 = 4096;
 /// slower.
 ///
 /// A recorded set has what was fetched ahead as well, as nothing tells whether that was used: it only
-/// ever grows from one load to the next.
+/// ever grows from one load to the next, up to all of RAM.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct WorkingSet {
     ranges: Vec<Range<u64>>,
@@ -38,6 +43,14 @@ pub enum WorkingSetError {
         path: String,
         /// What is wrong.
         source: StateError,
+    },
+    /// It has more bytes than RAM.
+    #[error("the working set has {bytes:#x} bytes, of RAM of {size:#x}")]
+    TooLong {
+        /// Bytes in all.
+        bytes: u64,
+        /// Size of RAM in bytes.
+        size: u64,
     },
     /// A range is empty, not of whole pages, or overflows.
     #[error("range {index} of the working set, {start:#x}..{end:#x}, is not of whole pages of RAM")]
@@ -74,13 +87,35 @@ impl WorkingSet {
         }
     }
 
-    /// Whether all ranges are pages of RAM of `size` bytes.
-    pub(super) fn check(&self, size: u64) -> Result<(), WorkingSetError> {
+    /// The same without pages that are in it before, for RAM of `size` bytes.
+    pub(super) fn distinct(&self, size: u64) -> Self {
+        let mut seen = Pages::new(size / UNIT);
+        let mut set = Self::default();
+        for range in &self.ranges {
+            let (mut at, end) = (range.start / UNIT, range.end / UNIT);
+            while let Some(run) = seen.first_wanted(at..end, u64::MAX) {
+                at = run.end;
+                set.push(run.start * UNIT..run.end * UNIT);
+                seen.settle(run);
+            }
+        }
+        set
+    }
+
+    /// Whether all ranges are pages of RAM of `size` bytes, and no more than that.
+    ///
+    /// # Errors
+    /// [`WorkingSetError::Range`], [`WorkingSetError::TooLong`].
+    pub fn check(&self, size: u64) -> Result<(), WorkingSetError> {
         for (index, &Range { start, end }) in self.ranges.iter().enumerate() {
             let whole = start.is_multiple_of(UNIT) && end.is_multiple_of(UNIT);
             if start >= end || end > size || !whole {
                 return Err(WorkingSetError::Range { index, start, end });
             }
+        }
+        let bytes = self.ranges.iter().fold(0u64, |sum, r| sum.saturating_add(r.end - r.start));
+        if bytes > size {
+            return Err(WorkingSetError::TooLong { bytes, size });
         }
         Ok(())
     }
@@ -90,7 +125,7 @@ impl WorkingSet {
     /// # Errors
     /// It cannot be read, is damaged, or is of a newer version.
     pub fn load(path: &Path) -> Result<Self, WorkingSetError> {
-        let bytes = std::fs::read(path).map_err(|e| PathError::new("read working set", path, e))?;
+        let bytes = read(path).map_err(|e| PathError::new("read working set", path, e))?;
         let content =
             |source| WorkingSetError::Content { path: path.display().to_string(), source };
         let reader = Reader::parse(&bytes).map_err(content)?;
@@ -134,6 +169,16 @@ impl WorkingSet {
             })?;
         Ok(())
     }
+}
+
+fn read(path: &Path) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    File::open(path)?.take(MAX_FILE + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > MAX_FILE {
+        let text = format!("it has more than {MAX_FILE} bytes");
+        return Err(io::Error::new(io::ErrorKind::InvalidData, text));
+    }
+    Ok(bytes)
 }
 
 #[cfg(test)]
@@ -184,9 +229,24 @@ mod tests {
         std::fs::write(&path, writer.finish()).expect("write");
         let error = WorkingSet::load(&path).expect_err("overflow");
         assert!(matches!(error, WorkingSetError::Range { index: 1, .. }), "{error}");
+        File::create(&path).and_then(|file| file.set_len(MAX_FILE + 1)).expect("a large file");
+        let error = WorkingSet::load(&path).expect_err("too large").to_string();
+        assert!(error.contains("more than"), "{error}");
         assert!(set.save(Path::new("/nowhere/at/all")).is_err());
         let left = std::fs::read_dir(dir.path()).expect("list").count();
         assert_eq!(left, 1, "no staged file stays");
+    }
+
+    #[test]
+    fn what_was_recorded_twice_is_saved_once() {
+        let mut set = WorkingSet::default();
+        for range in [8192..16384, 0..4096, 4096..12288, 0..20480] {
+            set.push(range);
+        }
+        assert!(matches!(set.check(20480), Err(WorkingSetError::TooLong { size: 20480, .. })));
+        let once = set.distinct(20480);
+        assert_eq!(once.ranges(), [8192..16384, 0..8192, 16384..20480]);
+        once.check(20480).expect("fits");
     }
 
     proptest! {
@@ -201,6 +261,7 @@ mod tests {
             set.save(&path).expect("save");
             prop_assert_eq!(&WorkingSet::load(&path).expect("load"), &set);
             let end = set.ranges.iter().map(|r| r.end).max().unwrap_or(0);
+            let set = set.distinct(end);
             prop_assert!(set.check(end).is_ok());
             prop_assert_eq!(set.check(end.saturating_sub(UNIT)).is_ok(), set.ranges.is_empty());
         }

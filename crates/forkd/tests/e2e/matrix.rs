@@ -1,0 +1,137 @@
+//! Each way to branch a VM, on each kind of RAM: what comes of it is of one instant.
+//!
+//! In the guest four writers fill rings in memory and on the disk as fast as they can (`guest ring`). Every branch has to
+//! show rings without a torn page, and disks that agree with them. By default each cell gets a few branches, at
+//! 512 MiB; with `FORKD_MATRIX=N` each gets N, at 4 GiB (RAM in two regions) too: `make matrix`.
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+
+use crate::fixture::{SMP, Suite, WARM};
+use crate::runner::{Test, tests};
+use crate::vm::{Branched, Vm};
+
+pub const TESTS: &[Test] = tests!["matrix":
+    with_one_vcpu 600,
+    with_two_vcpus 900,
+    of_4_gib_with_one_vcpu 7200,
+    of_4_gib_with_two_vcpus 7200,
+];
+
+/// Branches of each cell, unless it is said otherwise.
+const FEW: usize = 2;
+/// RAM beyond the hole below 4 GiB, in MiB.
+const LARGE_MIB: u64 = 4096;
+/// Threads that write.
+const WRITERS: &str = "4";
+
+/// Kinds of RAM: `anonymous` is that of children in memory, the others are for `--memory`.
+const CELLS: [(&str, &[&str]); 5] = [
+    ("anonymous", &["fork", "diff", "full"]),
+    ("file", &["fork", "diff", "full"]),
+    ("memfd-private", &["fork", "diff", "full"]),
+    ("memfd-shared", &["live", "diff", "full"]),
+    ("userfault", &["fork", "diff", "full"]),
+];
+
+fn with_one_vcpu(suite: &Suite) -> Result<()> {
+    suite.warm()?;
+    all_cells(suite, WARM, branches().unwrap_or(FEW))
+}
+
+fn with_two_vcpus(suite: &Suite) -> Result<()> {
+    suite.smp()?;
+    all_cells(suite, SMP, branches().unwrap_or(FEW))
+}
+
+fn of_4_gib_with_one_vcpu(suite: &Suite) -> Result<()> {
+    large(suite, "large", 1)
+}
+
+fn of_4_gib_with_two_vcpus(suite: &Suite) -> Result<()> {
+    large(suite, "large-smp", 2)
+}
+
+/// What `FORKD_MATRIX` says.
+fn branches() -> Option<usize> {
+    std::env::var("FORKD_MATRIX").ok()?.parse().ok()
+}
+
+fn large(suite: &Suite, tag: &str, vcpus: u32) -> Result<()> {
+    let Some(branches) = branches() else {
+        println!("    not without FORKD_MATRIX");
+        return Ok(());
+    };
+    suite.create_with(tag, vcpus, LARGE_MIB, "import base64, os")?;
+    all_cells(suite, tag, branches)?;
+    suite.forkd(["snapshot", "rm", tag]).ok().map(drop)
+}
+
+fn all_cells(suite: &Suite, tag: &str, branches: usize) -> Result<()> {
+    if !suite.home().join("snapshots").join(tag).exists() {
+        suite.forkd(["snapshot", "save", tag]).ok()?;
+    }
+    for (memory, modes) in CELLS {
+        let vm = source(suite, tag, memory)?;
+        vm.guest(&["ring", "serve", "/tmp/ring", "/dev/vda", WRITERS])?;
+        for mode in modes {
+            let cell = || format!("{tag}, {memory}, {mode}");
+            let pauses = one_cell(suite, &vm, mode, branches).with_context(cell)?;
+            let (p50, longest) = (pauses[pauses.len() / 2], pauses[pauses.len() - 1]);
+            println!("    {}: {branches} agree; paused {p50} us, longest {longest} us", cell());
+        }
+        vm.guest(&["ring", "verify", "/tmp/ring", "/dev/vda"]).context("the source")?;
+        suite.kill_all()?;
+    }
+    Ok(())
+}
+
+fn source<'s>(suite: &'s Suite, tag: &str, memory: &str) -> Result<Vm<'s>> {
+    if memory == "anonymous" {
+        return suite.fork_of(tag, 1)?.pop().context("one child");
+    }
+    let said = suite.forkd(["fork", tag, "--memory", memory, "--json"]).output()?;
+    Branched::read(suite, said)?.children.pop().context("one child")
+}
+
+/// The pauses of that many branches, sorted, in microseconds.
+fn one_cell(suite: &Suite, vm: &Vm<'_>, mode: &str, branches: usize) -> Result<Vec<u64>> {
+    let mut pauses = Vec::new();
+    for number in 0..branches {
+        let before = head(vm)?;
+        let tag = format!("cell-{number}");
+        let (branch, pause) = match mode {
+            "fork" => {
+                let branched = vm.branch(1)?;
+                let pause = branched.pause.context("a running VM pauses")?;
+                (branched.children.into_iter().next().context("one branch")?, pause.pause_us)
+            }
+            _ => {
+                let args = ["branch", &vm.id, "--snapshot", &tag, "--mode", mode, "--json"];
+                let said: Value = suite.forkd(args).ok()?.json()?;
+                let source = said["receipt"].get("source").unwrap_or(&said["source"]);
+                let pause = source["pause_us"].as_u64().context("a pause")?;
+                (suite.fork_of(&tag, 1)?.pop().context("one child")?, pause)
+            }
+        };
+        let stood = head(&branch)?;
+        ensure!(stood >= before, "branch {number} has {stood} records, its source had {before}");
+        branch
+            .guest(&["ring", "verify", "/tmp/ring", "/dev/vda"])
+            .with_context(|| format!("branch {number}"))?;
+        branch.kill()?;
+        pauses.push(pause);
+    }
+    if mode != "fork" {
+        // Diffs are over one another.
+        for number in (0..branches).rev() {
+            suite.forkd(["snapshot", "rm", &format!("cell-{number}")]).ok()?;
+        }
+    }
+    pauses.sort_unstable();
+    Ok(pauses)
+}
+
+fn head(vm: &Vm<'_>) -> Result<u64> {
+    Ok(vm.guest(&["ring", "head", "/tmp/ring"])?.parse()?)
+}

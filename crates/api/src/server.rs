@@ -233,8 +233,11 @@ impl Server {
                 connection.phase = Phase::Answering(id);
                 connection.progress = Instant::now();
                 connection.closing = !request.keep_alive;
-                requests.push((id, request));
                 self.update_interest(reactor, slot)?;
+                // Not if it had to be closed: nobody would hear what came of the request.
+                if self.connections.get(slot).is_some_and(Option::is_some) {
+                    requests.push((id, request));
+                }
             }
         }
         Ok(requests)

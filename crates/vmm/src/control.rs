@@ -12,7 +12,9 @@ use forkd_sys::signal::{SignalFd, SignalSet};
 use serde::Serialize;
 
 use crate::VmmError;
+use crate::fork::Birth;
 use crate::fork::offspring::{AnswerAs, Answered, Offspring};
+use crate::requests::{Refusal, VmmAction};
 
 /// Reactor tokens. Ranges do not overlap; each subscriber owns one.
 pub mod tokens {
@@ -158,4 +160,55 @@ pub enum Handled {
     Terminate,
     /// Requests for the role to act on.
     Requests(Vec<(RequestId, Request)>),
+}
+
+/// What an event means for a role's loop.
+pub(crate) enum Flow {
+    /// Wait for the next.
+    Go,
+    /// End in good order, with this exit status.
+    Exit(u8),
+    /// This process is a child now.
+    Child(Box<Birth>),
+}
+
+/// What a process is for, as far as the API knows it.
+pub(crate) trait Serve {
+    /// The common part.
+    fn control(&mut self) -> &mut Control;
+
+    /// Does what a client asks for, or refuses to.
+    fn act(&mut self, id: RequestId, action: VmmAction) -> io::Result<Result<Flow, Refusal>>;
+
+    /// Takes a request in. None if the role has kept it for later.
+    fn admit(&mut self, _id: RequestId, action: VmmAction) -> Option<VmmAction> {
+        Some(action)
+    }
+
+    /// Acts on a request, or refuses it.
+    fn carry_out(&mut self, id: RequestId, action: Result<VmmAction, Refusal>) -> io::Result<Flow> {
+        let outcome = match action.map(|action| self.admit(id, action)) {
+            Ok(Some(action)) => self.act(id, action)?,
+            Ok(None) => return Ok(Flow::Go),
+            Err(refusal) => Err(refusal),
+        };
+        match outcome {
+            Ok(flow) => Ok(flow),
+            Err(Refusal { status, message }) => {
+                self.control().answer_fault(id, status, message)?;
+                Ok(Flow::Go)
+            }
+        }
+    }
+
+    /// Acts on requests, one after the other, until one ends this role.
+    fn on_requests(&mut self, requests: Vec<(RequestId, Request)>) -> io::Result<Flow> {
+        for (id, request) in requests {
+            match self.carry_out(id, VmmAction::parse(&request))? {
+                Flow::Go => {}
+                other => return Ok(other),
+            }
+        }
+        Ok(Flow::Go)
+    }
 }

@@ -24,10 +24,10 @@ use forkd_snapshot::{Digest, Store};
 use forkd_sys::fork::exit_now;
 use forkd_sys::reactor::{Interest, Reactor};
 
-use crate::control::tokens;
+use crate::control::{Flow, Serve, tokens};
 use crate::machine::Machine;
 use crate::requests::{Refusal, VmmAction};
-use crate::running::{Flow, Running};
+use crate::running::Running;
 
 /// From the agent's acknowledgement to the loading of all the rest: what is touched in that time is recorded, as the
 /// first work of a VM is what the next one of the snapshot will do.
@@ -243,7 +243,7 @@ impl Running {
 
 fn unwatch(reactor: &Reactor, machine: &Machine) -> io::Result<()> {
     match machine.ram().lazy() {
-        Some(ram) => reactor.remove(&ram.events()),
+        Some(ram) => reactor.remove(ram.events()),
         None => Ok(()),
     }
 }

@@ -9,7 +9,6 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use forkd_agent::protocol::init::{Identity, Reason};
-use forkd_api::http::Request;
 use forkd_api::server::RequestId;
 use forkd_api::types::{
     Action, ChildResult, ChildSpec, DesiredState, InstanceInfo, Timing, VmConfig, VmInfo, VmPhase,
@@ -19,10 +18,10 @@ use forkd_sys::clock::{monotonic_ns, realtime_ns};
 use forkd_sys::reactor::{Reactor, Readiness};
 
 use crate::agent_link::{AgentLink, HELLO_PORT, LinkEvent, NOTICE_PORT};
-use crate::control::{Control, Handled, tokens};
+use crate::control::{Control, Flow, Handled, Serve, tokens};
 use crate::fork::crowd::Token;
 use crate::fork::offspring::AnswerAs;
-use crate::fork::{Birth, Destiny, Forked, PauseClock, child, crowd_of, fork_all, report_pipes};
+use crate::fork::{Destiny, Forked, PauseClock, child, crowd_of, fork_all, report_pipes};
 use crate::lazy::{self, Lazy};
 use crate::machine::engine::Engine;
 use crate::machine::{Gate, Machine};
@@ -47,15 +46,6 @@ pub enum Announce {
 struct Waiter {
     request: RequestId,
     deadline: Instant,
-}
-
-/// What an event means for the loop.
-pub(crate) enum Flow {
-    Go,
-    /// End in good order, with this exit status.
-    Exit(u8),
-    /// This process is a child now.
-    Child(Box<Birth>),
 }
 
 /// A VM that runs.
@@ -404,37 +394,15 @@ impl Running {
         self.machine.set_gate(Gate::Refuse(why));
         Ok(())
     }
+}
 
-    fn on_requests(&mut self, requests: Vec<(RequestId, Request)>) -> io::Result<Flow> {
-        for (id, request) in requests {
-            match self.carry_out(id, VmmAction::parse(&request))? {
-                Flow::Go => {}
-                other => return Ok(other),
-            }
-        }
-        Ok(Flow::Go)
+impl Serve for Running {
+    fn control(&mut self) -> &mut Control {
+        &mut self.control
     }
 
-    /// Acts on a request, or refuses it.
-    pub(crate) fn carry_out(
-        &mut self,
-        id: RequestId,
-        action: Result<VmmAction, Refusal>,
-    ) -> io::Result<Flow> {
-        let outcome = match action {
-            Ok(action) => match self.unless_loading(id, action) {
-                Some(action) => self.act(id, action)?,
-                None => return Ok(Flow::Go),
-            },
-            Err(refusal) => Err(refusal),
-        };
-        match outcome {
-            Ok(flow) => Ok(flow),
-            Err(Refusal { status, message }) => {
-                self.control.answer_fault(id, status, message)?;
-                Ok(Flow::Go)
-            }
-        }
+    fn admit(&mut self, id: RequestId, action: VmmAction) -> Option<VmmAction> {
+        self.unless_loading(id, action)
     }
 
     fn act(&mut self, id: RequestId, action: VmmAction) -> io::Result<Result<Flow, Refusal>> {
@@ -483,7 +451,9 @@ impl Running {
         }
         Ok(Ok(Flow::Go))
     }
+}
 
+impl Running {
     fn info(&self) -> VmInfo {
         VmInfo {
             record: self.record.clone(),
@@ -580,6 +550,10 @@ impl Running {
             Ok(patience) => patience,
             Err(refusal) => return Ok(Err(refusal)),
         };
+        let form = match destiny {
+            Destiny::Vm => AnswerAs::Fork,
+            Destiny::Zygote | Destiny::Writer(_) => AnswerAs::Zygote,
+        };
         let pipes = report_pipes(specs.len());
         let crowd = crowd_of(specs.len(), self.machine.waking_limit());
         let mut clock = PauseClock::start();
@@ -589,16 +563,12 @@ impl Running {
         };
         let delivered = match fork_all(&quiesced, specs, pipes, crowd, destiny, requested_ns) {
             Forked::Child(birth) => return Ok(Ok(Flow::Child(birth))),
-            Forked::Source(delivered) => delivered,
+            Forked::Source(delivered, _) => delivered,
         };
         clock.forked();
         self.go_on();
         let pause = clock.stop(limit);
         self.costs.learn(work, &pause);
-        let form = match destiny {
-            Destiny::Vm => AnswerAs::Fork,
-            Destiny::Zygote | Destiny::Writer => AnswerAs::Zygote,
-        };
         let offspring = &mut self.control.offspring;
         let batch = offspring.open_batch(Some(request), form, delivered.len(), None);
         offspring.set_source_pause(batch, pause);

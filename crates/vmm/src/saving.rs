@@ -11,12 +11,12 @@ use forkd_snapshot::{Mode, PAGE_SIZE};
 use forkd_sys::clock::monotonic_ns;
 use forkd_sys::reactor::Interest;
 
-use crate::control::tokens;
+use crate::control::{Flow, tokens};
 use crate::fork::offspring::AnswerAs;
 use crate::fork::{Forked, PauseClock};
 use crate::pause::{Limit, Resident, SHORTER_THAN_FORK, Work};
 use crate::requests::Refusal;
-use crate::running::{Flow, Running};
+use crate::running::Running;
 use crate::snapshot::live::{Armed, Prepared, Preparing};
 use crate::snapshot::{self, Errand, WRITE_TIMEOUT, live};
 
@@ -140,7 +140,7 @@ impl Running {
         let errand = Errand { staged, mode: Mode::Diff };
         let delivered = match snapshot::fork_writer(&quiesced, tag, errand, requested_ns) {
             Forked::Child(birth) => return Ok(Ok(Flow::Child(birth))),
-            Forked::Source(delivered) => delivered,
+            Forked::Source(delivered, _) => delivered,
         };
         clock.forked();
         self.go_on();

@@ -9,17 +9,14 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use forkd_api::http::Request;
 use forkd_api::server::RequestId;
 use forkd_api::types::{Action, ChildSpec, PersistRequest, Timing, VmInfo, VmPhase, VmRecord};
 use forkd_snapshot::Mode;
 use forkd_sys::clock::monotonic_ns;
 
-use crate::control::{Control, Handled};
+use crate::control::{Control, Flow, Handled, Serve};
 use crate::fork::offspring::AnswerAs;
-use crate::fork::{
-    Birth, Destiny, Forked, Quiesced, SavedKvm, child, crowd_of, fork_all, report_pipes,
-};
+use crate::fork::{Destiny, Forked, Quiesced, SavedKvm, child, crowd_of, fork_all, report_pipes};
 use crate::machine::Machine;
 use crate::process::{Next, VmmError};
 use crate::requests::{Refusal, VmmAction};
@@ -30,12 +27,6 @@ use crate::snapshot::{self, Errand, WRITE_TIMEOUT};
 /// How long nobody must have asked for anything before the zygote does work of its own. Who has just had it made wants
 /// children of it first.
 const IDLE: Duration = Duration::from_millis(1);
-
-enum Flow {
-    Go,
-    Exit,
-    Child(Box<Birth>),
-}
 
 /// A zygote.
 pub struct Zygote {
@@ -87,7 +78,7 @@ impl Zygote {
             for readiness in events.drain(..) {
                 let flow = match self.control.handle(readiness)? {
                     None | Some(Handled::Nothing) => Flow::Go,
-                    Some(Handled::Terminate) => Flow::Exit,
+                    Some(Handled::Terminate) => Flow::Exit(0),
                     Some(Handled::Requests(requests)) => self.on_requests(requests)?,
                 };
                 if !matches!(flow, Flow::Go) {
@@ -100,22 +91,11 @@ impl Zygote {
             self.control.answer_forks()?;
         }
     }
+}
 
-    fn on_requests(&mut self, requests: Vec<(RequestId, Request)>) -> io::Result<Flow> {
-        for (id, request) in requests {
-            let outcome = match VmmAction::parse(&request) {
-                Ok(action) => self.act(id, action)?,
-                Err(refusal) => Err(refusal),
-            };
-            match outcome {
-                Ok(Flow::Go) => {}
-                Ok(other) => return Ok(other),
-                Err(Refusal { status, message }) => {
-                    self.control.answer_fault(id, status, message)?;
-                }
-            }
-        }
-        Ok(Flow::Go)
+impl Serve for Zygote {
+    fn control(&mut self) -> &mut Control {
+        &mut self.control
     }
 
     fn act(&mut self, id: RequestId, action: VmmAction) -> io::Result<Result<Flow, Refusal>> {
@@ -144,7 +124,7 @@ impl Zygote {
             }
             VmmAction::Act(Action::Stop) => {
                 self.control.answer_empty(id)?;
-                return Ok(Ok(Flow::Exit));
+                return Ok(Ok(Flow::Exit(0)));
             }
             VmmAction::Persist(request) => return self.persist(id, &request),
             VmmAction::Zygote(_)
@@ -157,7 +137,9 @@ impl Zygote {
         }
         Ok(Ok(Flow::Go))
     }
+}
 
+impl Zygote {
     /// Forks a writer, which makes this zygote durable while it goes on.
     fn persist(
         &mut self,
@@ -175,7 +157,7 @@ impl Zygote {
         let errand = Errand { staged, mode: Mode::Fork };
         match snapshot::fork_writer(&quiesced, &tag, errand, requested_ns) {
             Forked::Child(birth) => Ok(Ok(Flow::Child(birth))),
-            Forked::Source(delivered) => {
+            Forked::Source(delivered, _) => {
                 let offspring = &mut self.control.offspring;
                 let to = request.wait.then_some(id);
                 let batch = offspring.open_batch(to, AnswerAs::Zygote, 1, Some(WRITE_TIMEOUT));
@@ -200,7 +182,7 @@ impl Zygote {
         let quiesced = unsafe { Quiesced::vouch(Arc::clone(&self.saved)) };
         match fork_all(&quiesced, specs, pipes, crowd, Destiny::Vm, requested_ns) {
             Forked::Child(birth) => Ok(Flow::Child(birth)),
-            Forked::Source(delivered) => {
+            Forked::Source(delivered, _) => {
                 let offspring = &mut self.control.offspring;
                 let batch =
                     offspring.open_batch(Some(request), AnswerAs::Fork, delivered.len(), None);

@@ -189,6 +189,11 @@ impl Watched {
         self.stdout.lock().bytes.len()
     }
 
+    /// Its standard error so far.
+    pub fn stderr_text(&self) -> String {
+        String::from_utf8_lossy(&self.stderr.lock().bytes).into_owned()
+    }
+
     /// Sends it a signal.
     pub fn signal(&self, signal: Signal) -> Result<()> {
         self.process.send_signal(signal).with_context(|| format!("cannot signal {}", self.shown))

@@ -14,25 +14,28 @@ use forkd_api::types::VmInfo;
 use forkd_snapshot::{Status, Store, Verification};
 use forkd_sys::fork::PidFd;
 use forkd_sys::lock::is_held;
+use rustix::mount::{MountFlags, UnmountFlags, mount, mount_bind, unmount};
 use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, prlimit};
 use serde_json::json;
 
 use crate::command::Output;
 use crate::fixture::{Suite, WARM, eventually, names};
+use crate::leftovers::children;
 use crate::runner::{Test, tests};
 use crate::strace::{Call, Traced, call_of, delaying, failing, of_first_request};
 use crate::vm::{Branched, Vm};
 
 pub const TESTS: &[Test] = tests!["forced_failures":
-    of_each_call_of_a_branch 120,
-    of_each_call_of_a_branch_of_a_paused_vm 120,
-    of_each_call_of_mode_fork 120,
-    of_each_call_of_mode_diff 120,
-    of_each_call_of_mode_live 120,
-    of_each_call_of_mode_full 120,
-    without_descriptors_the_vm_goes_on 120,
     a_writer_killed_while_it_is_armed 60,
     a_tag_that_is_taken_meanwhile 60,
+    on_a_full_disk_the_vm_goes_on 120,
+    without_descriptors_the_vm_goes_on 120,
+    of_each_call_of_mode_live 120,
+    of_each_call_of_mode_diff 120,
+    of_each_call_of_mode_fork 120,
+    of_each_call_of_a_branch 120,
+    of_each_call_of_a_branch_of_a_paused_vm 120,
+    of_each_call_of_mode_full 120,
 ];
 
 /// Waits, which the kernel does not refuse, and for which the C library ends the process; what gives back: a failed
@@ -41,12 +44,16 @@ const SPARED: [&str; 7] =
     ["epoll_pwait", "epoll_wait", "futex", "close", "munmap", "getpid", "sched_getaffinity"];
 /// Calls of the allocator: whether and when it makes them depends on what went before.
 const ALLOCATOR: [&str; 5] = ["brk", "mmap", "mremap", "madvise", "mprotect"];
+/// More of the same call, and the next branch may make more or fewer of it.
+const FEW: usize = 3;
 /// How many calls of each mode are failed, unless all are.
 const SAMPLE: usize = 14;
 /// Where the sample begins.
 const SEED: usize = 5;
 /// How often a call is tried to be met.
 const TRIES: usize = 4;
+/// How many looks in a row find the event loop where it was.
+const QUIET: usize = 4;
 /// How long a writer has to end, and the VM to reap it.
 const SETTLED: Duration = Duration::from_secs(20);
 /// For one call.
@@ -145,6 +152,19 @@ impl<'s> Subject<'s> {
         Ok(())
     }
 
+    /// Waits until the event loop has nothing to do any more: the rest of an earlier conversation with the guest.
+    fn await_quiet(&self) -> Result<()> {
+        let (pid, turns) = (self.vm.pid, std::cell::RefCell::new(Vec::<String>::new()));
+        eventually(self.suite.deadline(), "its event loop is quiet", || {
+            let status = fs::read_to_string(format!("/proc/{pid}/task/{pid}/status"))?;
+            let switches = status.lines().filter(|line| line.contains("ctxt_switches"));
+            let mut turns = turns.borrow_mut();
+            turns.push(switches.collect());
+            // It is looked at every 20 ms.
+            Ok(turns.iter().rev().take_while(|turn| Some(*turn) == turns.last()).count() > QUIET)
+        })
+    }
+
     fn branch(&self, tag: &str) -> Result<Output> {
         let run = self.suite.forkd(["branch", &self.vm.id]).args(self.way.options);
         if self.way.keeps { run.args(["--snapshot", tag]) } else { run }.output()
@@ -155,6 +175,7 @@ impl<'s> Subject<'s> {
         if self.way.paused {
             self.set_paused(true)?;
         }
+        self.await_quiet()?;
         let traced = Traced::attach(self.suite, self.vm.pid, options)?;
         let said = self.branch(tag);
         let lines = traced.detach()?;
@@ -285,48 +306,39 @@ impl<'s> Subject<'s> {
     }
 }
 
-/// Children of a process, of whichever of its threads.
-fn children(pid: u32) -> Result<Vec<u32>> {
-    let mut found = Vec::new();
-    for thread in names(&PathBuf::from(format!("/proc/{pid}/task")))? {
-        // A thread may end meanwhile.
-        let text = fs::read_to_string(format!("/proc/{pid}/task/{thread}/children"));
-        found.extend(text.unwrap_or_default().split_whitespace().flat_map(str::parse::<u32>));
-    }
-    Ok(found)
-}
-
-/// Which calls to fail: all, or a sample that is spread over them. Of many that are the same, the sample is of the first,
-/// the last and one between.
-fn chosen(calls: &[Call]) -> Vec<Call> {
-    if std::env::var_os("FORKD_E2E_ALL_FAILURES").is_some() {
-        return calls.to_vec();
-    }
+/// Which calls to fail, and whether each is certain to be made again. All of them, or a sample that is spread over them:
+/// of more than [`FEW`] that are the same, of which there may be fewer next time, the first, the last and one between.
+fn chosen(calls: &[Call]) -> Vec<(Call, bool)> {
+    let all = std::env::var_os("FORKD_E2E_ALL_FAILURES").is_some();
     let mut same = BTreeMap::<(&str, &str), Vec<&Call>>::new();
     for call in calls {
         same.entry((&call.name, &call.on)).or_default().push(call);
     }
-    let mut candidates: Vec<&Call> = Vec::new();
-    for list in same.values() {
+    let mut candidates = Vec::new();
+    for ((name, _), list) in &same {
+        let certain = list.len() <= FEW && !ALLOCATOR.contains(name);
         match list.len() {
-            0..=3 => candidates.extend(list),
-            n => candidates.extend([list[0], list[n / 2], list[n - 1]]),
+            n if n > FEW && !all => {
+                candidates.extend([list[0], list[n / 2], list[n - 1]].map(|c| (c, certain)))
+            }
+            _ => candidates.extend(list.iter().map(|call| (*call, certain))),
         }
     }
-    let step = candidates.len().div_ceil(SAMPLE).max(1);
-    candidates.into_iter().skip(SEED % step).step_by(step).cloned().collect()
+    let step = if all { 1 } else { candidates.len().div_ceil(SAMPLE).max(1) };
+    let sample = candidates.into_iter().skip(SEED % step).step_by(step);
+    sample.map(|(call, certain)| (call.clone(), certain)).collect()
 }
 
 fn sweep(suite: &Suite, way: Way) -> Result<()> {
     let mut subject = Subject::new(suite, way)?;
     let calls = subject.record()?;
     let points = chosen(&calls);
-    let (mut missed, mut wrong) = (Vec::new(), Vec::new());
-    for call in &points {
+    let (mut missed, mut wrong) = (0, Vec::new());
+    for (call, certain) in &points {
         match subject.fail(call) {
             Ok(true) => {}
-            Ok(false) if ALLOCATOR.contains(&call.name.as_str()) => missed.push(&call.name),
-            Ok(false) => wrong.push(format!("{call:?} was not met again")),
+            Ok(false) if *certain => wrong.push(format!("{call:?} was not met again")),
+            Ok(false) => missed += 1,
             Err(error) => {
                 wrong.push(format!("{} {}: {error:#}", errno(call), call.name));
                 // The others are failed all the same: of a VM that is whole.
@@ -342,12 +354,8 @@ fn sweep(suite: &Suite, way: Way) -> Result<()> {
         points.len(),
         wrong.join("\n")
     );
-    println!(
-        "    {}: {} of {} system calls failed; not met again: {missed:?}",
-        way.name,
-        points.len() - missed.len(),
-        calls.len()
-    );
+    let (failed, calls) = (points.len() - missed, calls.len());
+    println!("    {}: {failed} of {calls} system calls failed, {missed} not met again", way.name);
     subject.vm.kill()
 }
 
@@ -376,10 +384,11 @@ fn of_each_call_of_mode_full(suite: &Suite) -> Result<()> {
     sweep(suite, FULL)
 }
 
-/// The highest descriptor of a process.
-fn highest_fd(pid: u32) -> Result<u64> {
+/// The limit of descriptors with which a process can have so many more than it has.
+fn limit_for(pid: u32, more: usize) -> Result<u64> {
     let open = names(&PathBuf::from(format!("/proc/{pid}/fd")))?;
-    open.iter().flat_map(|name| name.parse()).max().context("a descriptor")
+    let free = (0..).filter(|fd: &u64| !open.contains(&fd.to_string()));
+    free.take(more).last().map(|fd| fd + 1).context("a limit")
 }
 
 /// The limit is one descriptor higher each time, so that each one that is wanted is once the one that is not to be had.
@@ -388,12 +397,12 @@ fn without_descriptors_the_vm_goes_on(suite: &Suite) -> Result<()> {
         let mut subject = Subject::new(suite, way)?;
         let pid = Pid::from_raw(i32::try_from(subject.vm.pid)?);
         let usual = getrlimit(Resource::Nofile);
-        let first = highest_fd(subject.vm.pid)? + 1;
         let mut refused = 0;
         // The first place is for the connection over which it is asked.
         for more in 1.. {
             suite.set_deadline(LIMIT);
-            let limit = Rlimit { current: Some(first + more), maximum: usual.maximum };
+            let current = Some(limit_for(subject.vm.pid, more)?);
+            let limit = Rlimit { current, maximum: usual.maximum };
             let before = prlimit(pid, Resource::Nofile, limit)?;
             let tag = subject.next_tag();
             let said = subject.branch(&tag);
@@ -410,6 +419,55 @@ fn without_descriptors_the_vm_goes_on(suite: &Suite) -> Result<()> {
         }
         ensure!(refused > 0, "{}: it needs no descriptor", way.name);
         println!("    {}: refused with 1 to {refused} descriptors", way.name);
+        subject.vm.kill()?;
+    }
+    Ok(())
+}
+
+/// A small disk in the place of the store, with the warm snapshot on it.
+struct SmallDisk(PathBuf);
+
+impl SmallDisk {
+    fn new(suite: &Suite) -> Result<Self> {
+        let (store, aside) = (suite.home().join("snapshots"), suite.scratch("small")?);
+        let size = c"size=64m";
+        mount("none", &aside, "tmpfs", MountFlags::empty(), Some(size)).context("cannot mount")?;
+        let disk = Self(store.clone());
+        let copied = suite.program("/bin/cp").arg("-a").args([&store.join(WARM), &aside]).ok();
+        let placed = copied.and_then(|_| Ok(mount_bind(&aside, &store)?));
+        unmount(&aside, UnmountFlags::DETACH)?;
+        placed?;
+        Ok(disk)
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        // What is still mounted is found at the end of all tests.
+        let _ = unmount(&self.0, UnmountFlags::DETACH);
+    }
+}
+
+fn on_a_full_disk_the_vm_goes_on(suite: &Suite) -> Result<()> {
+    for way in [FORK, DIFF, LIVE, FULL] {
+        let mut subject = Subject::new(suite, way)?;
+        subject.vm.run("blob = bytearray(b'forkd' * (10 << 20))")?;
+        let disk = SmallDisk::new(suite)?;
+        let tag = subject.next_tag();
+        let said = subject.branch(&tag)?;
+        ensure!(!said.status.success(), "{}: 92 MiB fit into 64", way.name);
+        ensure!(
+            said.stderr_text().contains("no space left"),
+            "{}: {}",
+            way.name,
+            said.stderr_text()
+        );
+        subject.check(&said, &tag).with_context(|| way.name)?;
+        drop(disk);
+        let tag = subject.next_tag();
+        let said = subject.branch(&tag)?;
+        ensure!(said.status.success(), "{}: then: {}", way.name, said.stderr_text());
+        subject.check(&said, &tag).with_context(|| way.name)?;
         subject.vm.kill()?;
     }
     Ok(())
@@ -459,10 +517,11 @@ fn a_tag_that_is_taken_meanwhile(suite: &Suite) -> Result<()> {
     let taken = suite.home().join("snapshots").join(&tag);
     let said = meanwhile(&mut subject, publish, &tag, |subject| {
         let written = || {
-            let names = names(&taken.join(".."))?;
+            let dir = taken.parent().context("a store")?;
+            let names = names(dir)?;
             let staging = names.iter().find(|name| name.starts_with(&format!(".staging-{tag}-")));
             let Some(staging) = staging else { return Ok(false) };
-            Ok(taken.join("..").join(staging).join("snapshot/manifest.json").exists())
+            Ok(dir.join(staging).join("snapshot/manifest.json").exists())
         };
         eventually(Instant::now() + SETTLED, "it is about to be published", written)?;
         ensure!(subject.is_alone()?, "mode full has no writer");

@@ -64,6 +64,17 @@ pub fn processes_of(dir: &Path) -> Result<Vec<u32>> {
     Ok(found)
 }
 
+/// Children of a process, of whichever of its threads.
+pub fn children(pid: u32) -> Result<Vec<u32>> {
+    let mut found = Vec::new();
+    for thread in names(Path::new(&format!("/proc/{pid}/task")))? {
+        // A thread may end meanwhile.
+        let text = fs::read_to_string(format!("/proc/{pid}/task/{thread}/children"));
+        found.extend(text.unwrap_or_default().split_whitespace().flat_map(str::parse::<u32>));
+    }
+    Ok(found)
+}
+
 /// A process may end while it is looked at: then it belongs nowhere.
 fn belongs(pid: u32, dir: &str) -> bool {
     let proc = Path::new("/proc").join(pid.to_string());

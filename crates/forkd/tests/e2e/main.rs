@@ -41,6 +41,7 @@ mod smp;
 mod snapshots;
 mod strace;
 mod vm;
+mod writing;
 
 use std::process::ExitCode;
 
@@ -59,6 +60,7 @@ fn tests() -> Vec<runner::Test> {
         exec::TESTS,
         branch::TESTS,
         live::TESTS,
+        writing::TESTS,
         forced_failures::TESTS,
         max_pause::TESTS,
         simd::TESTS,

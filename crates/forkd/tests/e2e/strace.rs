@@ -82,6 +82,10 @@ pub fn call_of(line: &str, tag: &str) -> Option<Call> {
     if name.is_empty() || !name.chars().all(is_name) {
         return None;
     }
+    // What it gives, if it does: a call that failed has nothing to show of it.
+    let gives = ["pipe2", "pidfd_open", "userfaultfd", "getrandom", "memfd_create"].contains(&name);
+    let arguments =
+        if gives { "" } else { arguments.rsplit_once(" = ").map_or(arguments, |(a, _)| a) };
     let on = if name == "ioctl" {
         arguments.split([',', ')']).nth(1).unwrap_or_default().trim().to_string()
     } else {

@@ -62,43 +62,44 @@ impl Stillborn {
 /// # Errors
 /// What could not be had, ready to be reported to the source.
 pub fn be_born(birth: Birth, inherited: Inherited) -> Result<Role, Box<Stillborn>> {
-    let (mut birth, Inherited { mut machine, foreign, source }) = (birth, inherited);
-    if let Some(errand) = birth.errand.take() {
-        if let Some(engine) = foreign {
-            engine.abandon_in_child();
+    let Inherited { mut machine, foreign, source } = inherited;
+    let Birth { spec, destiny, report, saved, crowd, mut timing } = birth;
+    let zygote = match destiny {
+        Destiny::Vm => false,
+        Destiny::Zygote => true,
+        Destiny::Writer(errand) => {
+            if let Some(engine) = foreign {
+                engine.abandon_in_child();
+            }
+            crate::snapshot::run_writer(
+                &machine, &saved, &source, *errand, spec.id, report, timing,
+            );
         }
-        crate::snapshot::run_writer(birth, &machine, &source, errand);
-    }
-    let Birth { spec, destiny, report, saved, crowd, mut timing, .. } = birth;
+    };
     let record = VmRecord {
         id: spec.id.clone(),
         name: spec.name.clone(),
-        zygote: destiny == Destiny::Zygote,
+        zygote,
         pid: std::process::id(),
         parent: Some(source.id.clone()),
         generation: source.generation.saturating_add(1),
         created_unix_ms: realtime_ns() / 1_000_000,
         ..source
     };
-    let born =
-        let_go(&mut machine, foreign, &report, crowd.as_ref()).and_then(|()| match destiny {
-            Destiny::Vm => {
-                let engine = Engine::rebuild(&machine, &saved, &mut timing)?;
-                let home = Home::ToMake(&spec.dir);
-                Newborn { machine, engine, home, record, crowd, timing }
-                    .settle_in()
-                    .map(Role::Running)
-            }
-            Destiny::Zygote | Destiny::Writer => {
-                settle_as_zygote(machine, saved, &spec.dir, record, timing)
-            }
-        });
-    match (born, destiny) {
-        (Ok(Role::Running(mut running)), _) => {
+    let born = let_go(&mut machine, foreign, &report, crowd.as_ref()).and_then(|()| {
+        if zygote {
+            return settle_as_zygote(machine, saved, &spec.dir, record, timing);
+        }
+        let engine = Engine::rebuild(&machine, &saved, &mut timing)?;
+        let home = Home::ToMake(&spec.dir);
+        Newborn { machine, engine, home, record, crowd, timing }.settle_in().map(Role::Running)
+    });
+    match born {
+        Ok(Role::Running(mut running)) => {
             running.announce = Announce::Source(report);
             Ok(Role::Running(running))
         }
-        (Ok(Role::Zygote(zygote)), _) => {
+        Ok(Role::Zygote(zygote)) => {
             let mut pipe = report;
             let pid = Some(zygote.record.pid);
             let result = ChildResult {
@@ -111,7 +112,7 @@ pub fn be_born(birth: Birth, inherited: Inherited) -> Result<Role, Box<Stillborn
             crate::process::report(&mut pipe, &result);
             Ok(Role::Zygote(zygote))
         }
-        (Err(error), _) => {
+        Err(error) => {
             let pid = Some(std::process::id());
             let result = ChildResult {
                 id: spec.id,

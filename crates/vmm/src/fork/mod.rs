@@ -72,14 +72,14 @@ impl Quiesced {
 }
 
 /// What a child is to become.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug)]
 pub enum Destiny {
     /// A VM that runs.
     Vm,
     /// A zygote.
     Zygote,
     /// A process that writes a durable snapshot and ends.
-    Writer,
+    Writer(Box<Errand>),
 }
 
 /// A child, in the child: who it is to be, and all it needs from its source's stack.
@@ -95,8 +95,6 @@ pub struct Birth {
     pub saved: Arc<SavedKvm>,
     /// What it waits at before it wakes up.
     pub crowd: Option<Crowd>,
-    /// What a writer is to write.
-    pub errand: Option<Errand>,
     /// Marks so far.
     pub timing: Timing,
 }
@@ -115,8 +113,8 @@ pub struct Delivered {
 /// Which side of [`fork_all`] this is.
 #[derive(Debug)]
 pub enum Forked {
-    /// The source, with all its children.
-    Source(Vec<Delivered>),
+    /// The source, with all its children, and what they were to become.
+    Source(Vec<Delivered>, Destiny),
     /// One of the children.
     Child(Box<Birth>),
 }
@@ -156,15 +154,14 @@ pub fn fork_all(
                     let timing =
                         Timing { requested_ns, fork_begin_ns, fork_end_ns, ..Timing::default() };
                     let saved = Arc::clone(&quiesced.saved);
-                    let birth =
-                        Birth { spec, destiny, report: writer, saved, crowd, errand: None, timing };
+                    let birth = Birth { spec, destiny, report: writer, saved, crowd, timing };
                     return Forked::Child(Box::new(birth));
                 }
             },
         };
         delivered.push(Delivered { index, spec, outcome });
     }
-    Forked::Source(delivered)
+    Forked::Source(delivered, destiny)
 }
 
 /// Clock of a source's pause.

@@ -215,7 +215,7 @@ impl Prepared {
         state: Vec<u8>,
         protected: Option<Protected>,
         clock: &mut PauseClock,
-    ) -> Result<Armed, Unarmed> {
+    ) -> Result<Armed, Box<Unarmed>> {
         let Self { staged, memory, facts, fds } = self;
         let ahead = protected.as_ref().map(|protected| protected.report);
         let begun: Result<LiveCapture, (String, Option<LiveCapture>)> = (|| {
@@ -245,7 +245,7 @@ impl Prepared {
         })();
         match begun {
             Ok(capture) => Ok(Armed { capture, staged, ahead }),
-            Err((why, capture)) => Err(Unarmed { why, capture, staged }),
+            Err((why, capture)) => Err(Box::new(Unarmed { why, capture, staged })),
         }
     }
 

@@ -4,7 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use forkd_api::types::{ChildResult, ChildSpec, VmRecord};
+use forkd_api::types::{ChildResult, ChildSpec, Timing, VmRecord};
 use forkd_devices::virtio::block::{Disk, ExtentKind};
 use forkd_memory::{GuestRam, MemoryBackend};
 use forkd_snapshot::{
@@ -16,7 +16,7 @@ use forkd_sys::pagemap::{Categories, Pagemap, Query};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::state::encode;
-use crate::fork::{Birth, Delivered, Destiny, Forked, Quiesced, SavedKvm, fork_all, report_pipes};
+use crate::fork::{Delivered, Destiny, Forked, Quiesced, SavedKvm, fork_all, report_pipes};
 use crate::machine::Machine;
 use crate::machine::saved::Disks;
 use crate::process::report;
@@ -94,33 +94,42 @@ pub fn stage_diff(machine: &Machine, store: &Path, tag: &str) -> Result<Staged, 
     Err(why)
 }
 
-/// Forks a process that writes what `errand` says; it tells so in a report. In the child, the birth has the errand.
+/// Forks a process that writes what `errand` says; it tells so in a report.
 pub fn fork_writer(quiesced: &Quiesced, tag: &str, errand: Errand, requested_ns: u64) -> Forked {
     let spec = ChildSpec { id: tag.to_owned(), name: tag.to_owned(), dir: PathBuf::new() };
     let pipes = report_pipes(1);
-    match fork_all(quiesced, vec![spec], pipes, None, Destiny::Writer, requested_ns) {
-        Forked::Child(mut birth) => {
-            birth.errand = Some(errand);
-            Forked::Child(birth)
-        }
-        Forked::Source(delivered) => {
-            if let Some(Delivered { outcome: Err(error), .. }) = delivered.first() {
-                // The answer tells; the list does, too.
-                drop(errand.staged.fail(&format!("cannot fork a writer: {error}")));
-            }
-            Forked::Source(delivered)
-        }
+    let forked = fork_all(
+        quiesced,
+        vec![spec],
+        pipes,
+        None,
+        Destiny::Writer(Box::new(errand)),
+        requested_ns,
+    );
+    if let Forked::Source(delivered, Destiny::Writer(errand)) = &forked
+        && let Some(Delivered { outcome: Err(error), .. }) = delivered.first()
+    {
+        // The answer tells; the list does, too.
+        drop(errand.staged.fail(&format!("cannot fork a writer: {error}")));
     }
+    forked
 }
 
 /// How long a writer has. 64 GiB to a disk of 50 MB/s take half an hour.
 pub const WRITE_TIMEOUT: Duration = Duration::from_secs(3600);
 
 /// In a process that was forked for it: writes the snapshot, tells the source, and ends.
-pub fn run_writer(birth: Birth, machine: &Machine, source: &VmRecord, errand: Errand) -> ! {
-    let Birth { spec, report: mut pipe, saved, timing, .. } = birth;
+pub fn run_writer(
+    machine: &Machine,
+    saved: &SavedKvm,
+    source: &VmRecord,
+    errand: Errand,
+    id: String,
+    mut pipe: io::PipeWriter,
+    timing: Timing,
+) -> ! {
     let Errand { mut staged, mode } = errand;
-    let filled = fill(machine, &saved, source, &mut staged);
+    let filled = fill(machine, saved, source, &mut staged);
     let written = finish(machine, source, staged, mode, filled);
     let code = i32::from(written.is_err());
     let (root, error) = match written {
@@ -128,7 +137,7 @@ pub fn run_writer(birth: Birth, machine: &Machine, source: &VmRecord, errand: Er
         Err(error) => (None, Some(error.to_string())),
     };
     let pid = Some(std::process::id());
-    report(&mut pipe, &ChildResult { id: spec.id, pid, error, root, timing });
+    report(&mut pipe, &ChildResult { id, pid, error, root, timing });
     forkd_sys::fork::exit_now(code)
 }
 

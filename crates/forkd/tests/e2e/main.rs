@@ -13,6 +13,7 @@
 #![forbid(unsafe_code)]
 #![allow(clippy::print_stdout)]
 
+mod backends;
 mod bad_boots;
 mod bad_input;
 mod branch;
@@ -52,6 +53,7 @@ fn tests() -> Vec<runner::Test> {
         exec::TESTS,
         branch::TESTS,
         live::TESTS,
+        backends::TESTS,
         simd::TESTS,
         memory::TESTS,
         io_under_load::TESTS,

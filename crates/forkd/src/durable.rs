@@ -1,7 +1,5 @@
 //! Durable snapshots: the store of this host, and its errors in the words of the command line.
 
-use std::path::Path;
-
 use anyhow::{Context, Result, anyhow};
 use forkd_snapshot::{Entry, SnapshotError, Status, Store};
 
@@ -104,6 +102,7 @@ pub fn explain(paths: &Paths, error: SnapshotError) -> anyhow::Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::path::Path;
 
     fn paths(home: &Path) -> Paths {
         Paths { data: home.to_owned(), run: home.join("run"), cache: home.join("cache") }

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use forkd_api::http::{Request, Response};
 use forkd_api::server::{RequestId, Server};
-use forkd_api::types::Fault;
+use forkd_api::types::{Fault, InstanceInfo};
 use forkd_sys::reactor::{Interest, Reactor, Readiness};
 use forkd_sys::signal::{SignalFd, SignalSet};
 use serde::Serialize;
@@ -143,4 +143,14 @@ pub enum Handled {
     Terminate,
     /// Requests for the role to act on.
     Requests(Vec<(RequestId, Request)>),
+}
+
+/// Firecracker's instance info.
+pub fn instance_info(id: &str, state: &str) -> InstanceInfo {
+    InstanceInfo {
+        app_name: "forkd".to_owned(),
+        id: id.to_owned(),
+        state: state.to_owned(),
+        vmm_version: env!("CARGO_PKG_VERSION").to_owned(),
+    }
 }

@@ -12,14 +12,14 @@ use forkd_agent::protocol::init::{Identity, Reason};
 use forkd_api::http::Request;
 use forkd_api::server::RequestId;
 use forkd_api::types::{
-    Action, ChildResult, ChildSpec, DesiredState, InstanceInfo, Timing, VmConfig, VmInfo, VmPhase,
-    VmRecord, ZygoteRequest,
+    Action, ChildResult, ChildSpec, DesiredState, Timing, VmConfig, VmInfo, VmPhase, VmRecord,
+    ZygoteRequest,
 };
 use forkd_sys::clock::{monotonic_ns, realtime_ns};
 use forkd_sys::reactor::{Reactor, Readiness};
 
 use crate::agent_link::{AgentLink, HELLO_PORT, LinkEvent, NOTICE_PORT};
-use crate::control::{Control, Handled, tokens};
+use crate::control::{Control, Handled, instance_info, tokens};
 use crate::fork::crowd::Token;
 use crate::fork::offspring::AnswerAs;
 use crate::fork::{
@@ -414,13 +414,9 @@ impl Running {
             },
             Err(refusal) => Err(refusal),
         };
-        match outcome {
-            Ok(flow) => Ok(flow),
-            Err(Refusal { status, message }) => {
-                self.control.answer_fault(id, status, message)?;
-                Ok(Flow::Go)
-            }
-        }
+        outcome.or_else(|Refusal { status, message }| {
+            self.control.answer_fault(id, status, message).map(|()| Flow::Go)
+        })
     }
 
     fn act(&mut self, id: RequestId, action: VmmAction) -> io::Result<Result<Flow, Refusal>> {
@@ -596,15 +592,5 @@ impl Running {
         if self.phase != VmPhase::Paused {
             self.engine.vcpus.resume();
         }
-    }
-}
-
-/// Firecracker's instance info.
-pub fn instance_info(id: &str, state: &str) -> InstanceInfo {
-    InstanceInfo {
-        app_name: "forkd".to_owned(),
-        id: id.to_owned(),
-        state: state.to_owned(),
-        vmm_version: env!("CARGO_PKG_VERSION").to_owned(),
     }
 }

@@ -15,7 +15,7 @@ use forkd_api::types::{Action, ChildSpec, PersistRequest, Timing, VmInfo, VmPhas
 use forkd_snapshot::Mode;
 use forkd_sys::clock::monotonic_ns;
 
-use crate::control::{Control, Handled};
+use crate::control::{Control, Handled, instance_info};
 use crate::fork::offspring::AnswerAs;
 use crate::fork::{
     Birth, Destiny, Forked, Quiesced, SavedKvm, child, crowd_of, fork_all, report_pipes,
@@ -24,7 +24,6 @@ use crate::machine::Machine;
 use crate::process::{Next, VmmError};
 use crate::requests::{Refusal, VmmAction};
 use crate::run_dir::RunDir;
-use crate::running::instance_info;
 use crate::snapshot::{self, Errand, WRITE_TIMEOUT};
 
 /// How long nobody must have asked for anything before the zygote does work of its own. Who has just had it made wants

@@ -138,7 +138,7 @@ fn children_of_one_memfd_cost_one_copy(suite: &Suite) -> Result<()> {
         copy >> 20,
         seen >> 20,
         shared >> 20,
-        written / MANY as u64 >> 20
+        (written / MANY as u64) >> 20
     );
     ensure!(shared <= copy + copy / 8, "{shared} bytes count as shared, of {copy}");
     ensure!(seen > 2 * shared, "the VMs use the same pages: {seen} seen, {shared} counted");

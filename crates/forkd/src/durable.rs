@@ -1,17 +1,10 @@
 //! Durable snapshots: the store of this host, and its errors in the words of the command line.
 
-use std::fs;
-use std::os::unix::fs::MetadataExt;
-use std::path::Path;
-
 use anyhow::{Context, Result, anyhow};
 use forkd_snapshot::{Entry, SnapshotError, Status, Store};
 
 use crate::paths::Paths;
 use crate::registry;
-
-/// Unit of `st_blocks`, whatever the file system's own block size is: stat(2).
-const STAT_BLOCK: u64 = 512;
 
 /// The store, if there is one. Looking makes none, so that lists work in a home that can't be written.
 ///
@@ -71,20 +64,6 @@ pub fn users_of_image(paths: &Paths, digest: &str) -> Result<Vec<String>> {
     Ok(store.list()?.into_iter().filter_map(uses).collect())
 }
 
-/// Bytes that the files of a directory take on the disk.
-///
-/// # Errors
-/// It can't be read.
-pub fn disk_bytes(dir: &Path) -> Result<u64> {
-    let failed = || format!("cannot read {}", dir.display());
-    let mut bytes = 0;
-    for entry in fs::read_dir(dir).with_context(failed)? {
-        let meta = entry.and_then(|entry| entry.metadata()).with_context(failed)?;
-        bytes += meta.blocks() * STAT_BLOCK;
-    }
-    Ok(bytes)
-}
-
 /// That a tag is not in the store; and if it is live, that this is not enough.
 fn missing(paths: &Paths, tag: &str) -> anyhow::Error {
     let live = registry::snapshots(paths).unwrap_or_default();
@@ -123,6 +102,7 @@ pub fn explain(paths: &Paths, error: SnapshotError) -> anyhow::Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::path::Path;
 
     fn paths(home: &Path) -> Paths {
         Paths { data: home.to_owned(), run: home.join("run"), cache: home.join("cache") }
@@ -166,18 +146,5 @@ mod tests {
         drop(store.stage("py", None).unwrap());
         assert!(matches!(entry(&store, "py").unwrap().unwrap().status, Status::Failed(_)));
         assert!(rank(&Status::Writing { parent: None }) < rank(&Status::Failed(String::new())));
-    }
-
-    #[test]
-    fn holes_take_no_space() {
-        let dir = tempfile::tempdir().unwrap();
-        let file = fs::File::create(dir.path().join("sparse")).unwrap();
-        file.set_len(64 << 20).unwrap();
-        assert!(disk_bytes(dir.path()).unwrap() < 1 << 20);
-        fs::write(dir.path().join("full"), vec![1; 1 << 20]).unwrap();
-        file.sync_all().unwrap();
-        fs::File::open(dir.path().join("full")).unwrap().sync_all().unwrap();
-        let bytes = disk_bytes(dir.path()).unwrap();
-        assert!((1 << 20..2 << 20).contains(&bytes), "{bytes}");
     }
 }

@@ -48,5 +48,6 @@ pub use pages::MAX_DISKS;
 pub use remove::{Removal, Removed};
 pub use staged::Staged;
 pub use store::{Entry, Snapshot, Status, Store, Swept};
+pub use tree::disk_bytes;
 pub use verify::Verified;
 pub use writer::PageWriter;

@@ -35,7 +35,10 @@ fn gone(result: io::Result<()>) -> io::Result<()> {
 }
 
 /// Bytes that the files of a directory take on the disk.
-pub(crate) fn disk_bytes(dir: &Path) -> Result<u64, SnapshotError> {
+///
+/// # Errors
+/// It can't be read.
+pub fn disk_bytes(dir: &Path) -> Result<u64, SnapshotError> {
     use std::os::unix::fs::MetadataExt;
     /// Of `st_blocks`, whatever the file system's own block size is: stat(2).
     const UNIT: u64 = 512;
@@ -46,4 +49,22 @@ pub(crate) fn disk_bytes(dir: &Path) -> Result<u64, SnapshotError> {
         bytes += meta.blocks() * UNIT;
     }
     Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn holes_take_no_space() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = fs::File::create(dir.path().join("sparse")).unwrap();
+        file.set_len(64 << 20).unwrap();
+        assert!(disk_bytes(dir.path()).unwrap() < 1 << 20);
+        fs::write(dir.path().join("full"), vec![1; 1 << 20]).unwrap();
+        file.sync_all().unwrap();
+        fs::File::open(dir.path().join("full")).unwrap().sync_all().unwrap();
+        let bytes = disk_bytes(dir.path()).unwrap();
+        assert!((1 << 20..2 << 20).contains(&bytes), "{bytes}");
+    }
 }

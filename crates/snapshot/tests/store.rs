@@ -524,3 +524,21 @@ fn a_diff_over_what_is_known_by_root() {
     let changed = store.stage_over("x", &known).expect_err("another");
     assert!(matches!(changed, SnapshotError::ParentChanged { .. }), "{changed}");
 }
+
+#[test]
+fn what_is_beside_a_snapshot_is_no_part_of_it() {
+    let (_dir, store) = setup();
+    let snapshot = simple(&store, "warm", None, 1);
+    let root = snapshot.manifest().root;
+    let write = |dir: &Path| std::fs::write(dir.join("hint"), b"a hint");
+    store.beside("warm", root, write).expect("beside").expect("write");
+    assert!(snapshot.dir().join("hint").exists());
+    store.verify("warm").expect("as it was");
+    store.compact("warm").expect("compact");
+    store.beside("warm", root, write).expect("it stands for what it replaces").expect("write");
+    store.remove("warm", Removal::Plain).expect("remove");
+    assert!(matches!(store.beside("warm", root, write), Err(SnapshotError::NotFound(_))));
+    simple(&store, "warm", None, 2);
+    let another = store.beside("warm", root, write);
+    assert!(matches!(another, Err(SnapshotError::NotFound(_))), "another of the same tag");
+}

@@ -137,6 +137,23 @@ mod tests {
     }
 
     #[test]
+    fn only_open_descriptors_are_inherited() {
+        use std::os::fd::{AsRawFd, IntoRawFd};
+        for none in [-1, 0, 1, 2, 1 << 20] {
+            // SAFETY: the numbers are refused.
+            let error = unsafe { take_inherited(none) }.expect_err("refused").to_string();
+            assert!(error.contains(&none.to_string()), "{error}");
+        }
+        let file = tempfile::tempfile().expect("a temporary file");
+        set_cloexec(&file, false).expect("clear");
+        let number = file.into_raw_fd();
+        // SAFETY: its owner has just given it up.
+        let taken = unsafe { take_inherited(number) }.expect("taken");
+        assert_eq!(taken.as_raw_fd(), number);
+        assert!(fcntl_getfd(&taken).expect("flags").contains(FdFlags::CLOEXEC));
+    }
+
+    #[test]
     fn cloexec_is_set_and_cleared() {
         let file = tempfile::tempfile().expect("a temporary file");
         set_cloexec(&file, false).expect("clear");

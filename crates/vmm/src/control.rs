@@ -5,7 +5,7 @@ use std::path::Path;
 
 use forkd_api::http::{Request, Response};
 use forkd_api::server::{RequestId, Server};
-use forkd_api::types::{ChildResult, Fault, SnapshotReceipt, ZygoteResponse};
+use forkd_api::types::{ChildResult, Fault, InstanceInfo, SnapshotReceipt, ZygoteResponse};
 use forkd_sys::clock::monotonic_ns;
 use forkd_sys::reactor::{Interest, Reactor, Readiness};
 use forkd_sys::signal::{SignalFd, SignalSet};
@@ -210,5 +210,15 @@ pub(crate) trait Serve {
             }
         }
         Ok(Flow::Go)
+    }
+}
+
+/// Firecracker's instance info.
+pub fn instance_info(id: &str, state: &str) -> InstanceInfo {
+    InstanceInfo {
+        app_name: "forkd".to_owned(),
+        id: id.to_owned(),
+        state: state.to_owned(),
+        vmm_version: env!("CARGO_PKG_VERSION").to_owned(),
     }
 }

@@ -22,7 +22,7 @@ use forkd_api::server::RequestId;
 use forkd_memory::{LoadStatus, SourceFailure, WorkingSet};
 use forkd_snapshot::{Digest, Store};
 use forkd_sys::fork::exit_now;
-use forkd_sys::reactor::{Interest, Reactor};
+use forkd_sys::reactor::Interest;
 
 use crate::control::{Flow, Serve, tokens};
 use crate::machine::Machine;
@@ -212,7 +212,7 @@ impl Running {
         if matches!(status, LoadStatus::Loading { .. }) {
             return Ok(Flow::Go);
         }
-        unwatch(&self.control.reactor, &self.machine)?;
+        self.control.reactor.remove(ram.events())?;
         let Some(lazy) = self.lazy.take() else { return Ok(Flow::Go) };
         let failure = match status {
             LoadStatus::Failed(failure) => failure,
@@ -241,9 +241,36 @@ impl Running {
     }
 }
 
-fn unwatch(reactor: &Reactor, machine: &Machine) -> io::Result<()> {
-    match machine.ram().lazy() {
-        Some(ram) => reactor.remove(ram.events()),
-        None => Ok(()),
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn origin(dir: &Path) -> Origin {
+        Origin { store: dir.into(), tag: "py".into(), root: Digest::of(b"another") }
+    }
+
+    #[test]
+    fn a_working_set_is_a_hint_that_is_checked() {
+        let dir = tempfile::tempdir().unwrap();
+        let origin = origin(dir.path());
+        assert_eq!(origin.working_set(1 << 20), Ok(None));
+        let path = dir.path().join("py").join(WORKING_SET);
+        std::fs::create_dir(dir.path().join("py")).unwrap();
+        WorkingSet::default().save(&path).unwrap();
+        assert_eq!(origin.working_set(1 << 20), Ok(Some(WorkingSet::default())));
+        std::fs::write(&path, b"?").unwrap();
+        let why = origin.working_set(1 << 20).unwrap_err();
+        assert!(why.contains(path.to_str().unwrap()), "{why}");
+        // Of a snapshot that is not there, none is recorded.
+        assert!(origin.record(&WorkingSet::default()).is_err());
+    }
+
+    #[test]
+    fn the_watchdog_lets_a_loop_be_that_takes_note() {
+        let (noticed, receiver) = mpsc::channel();
+        let failure = SourceFailure { offset: 0, len: 4096, error: "gone".into() };
+        drop(noticed);
+        // It would end this process.
+        watch(&failure, &receiver, Path::new("/nonexistent"));
     }
 }

@@ -11,14 +11,14 @@ use std::time::{Duration, Instant};
 use forkd_agent::protocol::init::{Identity, Reason};
 use forkd_api::server::RequestId;
 use forkd_api::types::{
-    Action, ChildResult, ChildSpec, DesiredState, InstanceInfo, Timing, VmConfig, VmInfo, VmPhase,
-    VmRecord, ZygoteRequest,
+    Action, ChildResult, ChildSpec, DesiredState, Timing, VmConfig, VmInfo, VmPhase, VmRecord,
+    ZygoteRequest,
 };
 use forkd_sys::clock::{monotonic_ns, realtime_ns};
 use forkd_sys::reactor::{Reactor, Readiness};
 
 use crate::agent_link::{AgentLink, HELLO_PORT, LinkEvent, NOTICE_PORT};
-use crate::control::{Control, Flow, Handled, Serve, tokens};
+use crate::control::{Control, Flow, Handled, Serve, instance_info, tokens};
 use crate::fork::crowd::Token;
 use crate::fork::offspring::AnswerAs;
 use crate::fork::{Destiny, Forked, PauseClock, child, crowd_of, fork_all, report_pipes};
@@ -583,15 +583,5 @@ impl Running {
         }
         let why = format!("the VM is {:?}: only one that is ready can be {done}", self.phase);
         Err(Refusal::new(409, why))
-    }
-}
-
-/// Firecracker's instance info.
-pub fn instance_info(id: &str, state: &str) -> InstanceInfo {
-    InstanceInfo {
-        app_name: "forkd".to_owned(),
-        id: id.to_owned(),
-        state: state.to_owned(),
-        vmm_version: env!("CARGO_PKG_VERSION").to_owned(),
     }
 }

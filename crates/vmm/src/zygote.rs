@@ -14,14 +14,13 @@ use forkd_api::types::{Action, ChildSpec, PersistRequest, Timing, VmInfo, VmPhas
 use forkd_snapshot::Mode;
 use forkd_sys::clock::monotonic_ns;
 
-use crate::control::{Control, Flow, Handled, Serve};
+use crate::control::{Control, Flow, Handled, Serve, instance_info};
 use crate::fork::offspring::AnswerAs;
 use crate::fork::{Destiny, Forked, Quiesced, SavedKvm, child, crowd_of, fork_all, report_pipes};
 use crate::machine::Machine;
 use crate::process::{Next, VmmError};
 use crate::requests::{Refusal, VmmAction};
 use crate::run_dir::RunDir;
-use crate::running::instance_info;
 use crate::snapshot::{self, Errand, WRITE_TIMEOUT};
 
 /// How long nobody must have asked for anything before the zygote does work of its own. Who has just had it made wants

@@ -36,7 +36,7 @@ pub fn store(suite: &Suite) -> PathBuf {
 }
 
 /// Makes the warm snapshot durable, once; its tag.
-fn durable(suite: &Suite) -> Result<&'static str> {
+pub fn durable(suite: &Suite) -> Result<&'static str> {
     suite.warm()?;
     save(suite, WARM)
 }
@@ -205,7 +205,7 @@ fn a_bad_memory_file_names_the_child_and_the_file(suite: &Suite) -> Result<()> {
     fs::rename(&memory, &aside)?;
     let path = memory.display().to_string();
     let refused = || -> Result<()> {
-        for kind in ["file", "memfd-shared"] {
+        for kind in crate::backends::KINDS {
             let said = suite.forkd(["fork", WARM, "-n", "3", "--memory", kind]).output()?;
             said.status_is(1)?.one_line(&["child #1 of 3", &path])?;
             ensure!(suite.ls()?.is_empty(), "all that was started is gone");

@@ -13,6 +13,7 @@
 #![forbid(unsafe_code)]
 #![allow(clippy::print_stdout)]
 
+mod backends;
 mod bad_boots;
 mod bad_input;
 mod bench;
@@ -63,6 +64,7 @@ fn tests() -> Vec<runner::Test> {
         writing::TESTS,
         forced_failures::TESTS,
         max_pause::TESTS,
+        backends::TESTS,
         simd::TESTS,
         memory::TESTS,
         io_under_load::TESTS,

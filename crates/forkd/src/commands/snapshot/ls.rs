@@ -151,7 +151,7 @@ impl Stored {
         };
         let dir = manifest.as_ref().map(|manifest| store.join(&manifest.tag));
         // It may be removed while it is listed.
-        let disk_bytes = dir.and_then(|dir| durable::disk_bytes(&dir).ok());
+        let disk_bytes = dir.and_then(|dir| forkd_snapshot::disk_bytes(&dir).ok());
         Self { status: word, disk_bytes, manifest, parent, reason }
     }
 }

@@ -275,6 +275,12 @@ impl Running {
         done: &str,
         last: impl FnOnce(&SavedKvm, &mut PauseClock) -> Result<T, String>,
     ) -> Result<(Quiesced, T), Refusal> {
+        if let Some(preparing) = &self.preparing {
+            // Its thread may not be there at a fork; its own pause takes it out first.
+            let why =
+                format!("snapshot {} of this VM is being written: ask again later", preparing.tag);
+            return Err(Refusal::new(409, why));
+        }
         self.engine.quiesce(clock, patience, last).map_err(|error| {
             self.go_on();
             let status = if matches!(error, QuiesceError::Slow(..)) { 409 } else { 500 };

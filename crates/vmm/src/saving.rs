@@ -228,8 +228,17 @@ impl Running {
                 self.preparing = Some(preparing);
                 return Ok(());
             }
-            // Finishing says why it ended.
-            Ahead::Ended => (Work::ArmRest { noted: 0, private }, None),
+            Ahead::Ended => {
+                self.control.reactor.remove(preparing.ahead.told_fd())?;
+                let Preparing { prepared, ahead, request, .. } = preparing;
+                // Nothing is protected any more, and finishing says why.
+                let why = match ahead.finish() {
+                    Err(error) => error.to_string(),
+                    Ok(_) => "RAM could not be protected ahead of the pause".to_owned(),
+                };
+                prepared.fail(&why);
+                return self.control.answer_fault(request, 500, why);
+            }
             Ahead::Ready { noted } => {
                 let work = Work::ArmRest { noted: noted as u64, private };
                 let expected = self.costs.expect(work);

@@ -4,11 +4,11 @@
 //!   source                                     writer
 //!   ------                                     ------
 //!   stage                       guest runs
-//!   protect RAM ahead           guest runs     (if there is much of it: a thread serves faults, and notes them)
+//!   protect RAM ahead           guest runs     a thread serves faults, and notes them
 //!   park vCPUs, encode state    guest stands
 //!   join the thread, protect what it has noted
-//!   fork ------------------------------------> has state and disks as they are now, copied on write
-//!   or write-protect all RAM    guest stands   serves faults from here on
+//!   fork ------------------------------------> has state and disks as they are now, copied on write;
+//!                                              serves faults from here on
 //!   go                          guest runs     copies RAM page by page, then writes state and disks, and commits
 //!   poll, at the writer's end
 //! ```
@@ -75,7 +75,7 @@ pub struct Capturing {
     pub request: Option<RequestId>,
     requested_ns: u64,
     source: SourcePause,
-    ahead: Option<PreReport>,
+    ahead: PreReport,
 }
 
 /// A live snapshot whose RAM is being protected ahead of the pause.
@@ -197,8 +197,8 @@ impl Prepared {
         PreArm::start(&config(machine.ram(), memfd), enough).map_err(|e| e.to_string())
     }
 
-    /// Inside the pause: forks the writer and write-protects RAM, if it is not so already. `state` was encoded
-    /// before RAM was protected: from then on to the fork nobody serves faults.
+    /// Inside the pause: forks the writer of RAM that is protected. `state` was encoded before it was: from then on to
+    /// the fork nobody serves faults.
     ///
     /// # Errors
     /// Why there will be no snapshot. Nothing is protected then, and the VM can go on.
@@ -208,31 +208,22 @@ impl Prepared {
         engine: &Engine,
         _quiesced: &Quiesced,
         state: Vec<u8>,
-        protected: Option<Protected>,
+        protected: Protected,
         clock: &mut PauseClock,
     ) -> Result<Armed, String> {
         let Self { staged, memory, facts, fds } = self;
-        let ahead = protected.as_ref().map(|protected| protected.report);
+        let ahead = protected.report;
         let begun: Result<LiveCapture, String> = (|| {
             let memfd = machine.ram().memfd_region().ok_or("RAM is not in a memfd")?;
             let rest = Mutex::new(Some(Rest { state, disks: machine.disks(), facts }));
             let sink = Sink { staged: Arc::clone(&staged), memory, fds, rest };
             let config = config(machine.ram(), memfd);
             let in_child = || engine.vcpus.release_in_child();
-            if let Some(protected) = protected {
-                // SAFETY: as below.
-                let capture = unsafe { LiveCapture::adopt(&config, protected, sink, in_child) };
-                clock.forked();
-                return capture.map_err(|e| e.to_string());
-            }
             // SAFETY: the witness says that every other thread is a parked vCPU thread, which holds no lock. The
             // closure drops the vCPUs, whose descriptors nothing in the writer uses.
-            let mut capture = unsafe { LiveCapture::prepare(&config, sink, in_child) }
-                .map_err(|e| e.to_string())?;
+            let capture = unsafe { LiveCapture::adopt(&config, protected, sink, in_child) };
             clock.forked();
-            capture.arm().map_err(|e| e.to_string())?;
-            clock.armed();
-            Ok(capture)
+            capture.map_err(|e| e.to_string())
         })();
         match begun {
             Ok(capture) => Ok(Armed { capture, staged, ahead }),
@@ -253,7 +244,7 @@ impl Prepared {
 pub struct Armed {
     capture: LiveCapture,
     staged: Shared,
-    ahead: Option<PreReport>,
+    ahead: PreReport,
 }
 
 impl Armed {
@@ -290,7 +281,7 @@ impl Capturing {
     /// What is known of it once the VM runs again.
     pub fn receipt_so_far(&self) -> SnapshotReceipt {
         let us = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
-        let ahead = self.ahead.unwrap_or_default();
+        let ahead = self.ahead;
         SnapshotReceipt {
             source: self.source,
             prearm_us: us(ahead.protecting),

@@ -28,11 +28,9 @@ const SAVE_US: f64 = 60.0;
 /// 0.38 ms with RAM in shared memory).
 const FORK_US: f64 = 380.0;
 const FORK_PAGE_US: f64 = 0.035;
-/// Write protection of a page that is mapped, KVM's page tables included.
-const ARM_PAGE_US: f64 = 0.16;
 /// Ending the thread that protected RAM ahead, and protecting one noted page again: a call for each.
-const AGAIN_US: f64 = 120.0;
-const AGAIN_PAGE_US: f64 = 1.5;
+const ARM_US: f64 = 120.0;
+const ARM_PAGE_US: f64 = 1.5;
 /// Copying RAM into files, by the byte: 1 GiB/s, the rate that pre-copy assumes.
 const COPY_BYTE_US: f64 = 1e6 / (1u64 << 30) as f64;
 /// What is shorter than a fork.
@@ -52,15 +50,8 @@ pub enum Work {
         /// Pages of private memory, whose table entries are copied.
         pages: u64,
     },
-    /// Write protection of all of RAM, and a fork that copies none of it.
+    /// Write protection of what was written since RAM was protected ahead, and a fork that copies none of it.
     Arm {
-        /// Mapped pages of RAM.
-        pages: u64,
-        /// Pages of other, private memory.
-        private: u64,
-    },
-    /// As above, but RAM was protected ahead.
-    ArmRest {
         /// Pages that were written since.
         noted: u64,
         /// Pages of private memory.
@@ -81,11 +72,10 @@ enum Part {
     Save,
     Fork,
     Arm,
-    Again,
     Copy,
 }
 
-const PARTS: usize = 6;
+const PARTS: usize = 5;
 
 /// What pauses have cost in this process, against the priors.
 #[derive(Debug, Clone)]
@@ -216,7 +206,6 @@ impl Costs {
             let name = match part {
                 Part::Fork => "fork",
                 Part::Arm => "write protection",
-                Part::Again => "write protection of what was written since",
                 _ => "copying",
             };
             (name, self.cost(part, us))
@@ -227,8 +216,8 @@ impl Costs {
     /// Pages that may be noted for a pause to fit: `most` without a limit or with much room.
     pub fn room(&self, limit: Limit, private: u64, most: usize) -> usize {
         let Some(limit) = limit.0 else { return most };
-        let left = limit.saturating_sub(self.expect(Work::ArmRest { noted: 0, private }).total());
-        let page_us = self.cost(Part::Again, AGAIN_PAGE_US);
+        let left = limit.saturating_sub(self.expect(Work::Arm { noted: 0, private }).total());
+        let page_us = self.cost(Part::Arm, ARM_PAGE_US);
         // Half of it: the guest goes on writing until it is parked.
         most.min((left.as_secs_f64() * 1e6 / page_us / 2.0) as usize)
     }
@@ -239,7 +228,7 @@ impl Costs {
         self.see(Part::Save, SAVE_US, pause.save_us);
         for (part, prior_us) in prior(work).into_iter().flatten() {
             let seen = match part {
-                Part::Arm | Part::Again => pause.arm_us,
+                Part::Arm => pause.arm_us,
                 _ => pause.fork_us,
             };
             self.see(part, prior_us, seen);
@@ -275,6 +264,12 @@ impl Running {
         done: &str,
         last: impl FnOnce(&SavedKvm, &mut PauseClock) -> Result<T, String>,
     ) -> Result<(Quiesced, T), Refusal> {
+        if let Some(preparing) = &self.preparing {
+            // Its thread may not be there at a fork; its own pause takes it out first.
+            let why =
+                format!("snapshot {} of this VM is being written: ask again later", preparing.tag);
+            return Err(Refusal::new(409, why));
+        }
         self.engine.quiesce(clock, patience, last).map_err(|error| {
             self.go_on();
             let status = if matches!(error, QuiesceError::Slow(..)) { 409 } else { 500 };
@@ -300,11 +295,8 @@ fn prior(work: Work) -> [Option<(Part, f64)>; 2] {
     let fork = |pages: u64| (Part::Fork, FORK_US + FORK_PAGE_US * pages as f64);
     match work {
         Work::Fork { pages } => [Some(fork(pages)), None],
-        Work::Arm { pages, private } => {
-            [Some((Part::Arm, ARM_PAGE_US * (pages as f64).max(1.0))), Some(fork(private))]
-        }
-        Work::ArmRest { noted, private } => {
-            [Some((Part::Again, AGAIN_US + AGAIN_PAGE_US * noted as f64)), Some(fork(private))]
+        Work::Arm { noted, private } => {
+            [Some((Part::Arm, ARM_US + ARM_PAGE_US * noted as f64)), Some(fork(private))]
         }
         Work::Copy { bytes } => [Some((Part::Copy, COPY_BYTE_US * (bytes as f64).max(1.0))), None],
     }
@@ -338,7 +330,7 @@ mod tests {
     #[test]
     fn costs_are_learned_from_pauses() {
         let mut costs = Costs::default();
-        let work = Work::Arm { pages: 400_000, private: 0 };
+        let work = Work::Arm { noted: 40_000, private: 0 };
         let before = costs.expect(work).total();
         assert!(before > Duration::from_millis(60));
         let pause = SourcePause {

@@ -20,9 +20,6 @@ use crate::running::Running;
 use crate::snapshot::live::{Armed, Prepared, Preparing};
 use crate::snapshot::{self, Errand, WRITE_TIMEOUT, live};
 
-/// Mapped pages of RAM from which on they are protected ahead of a live snapshot's pause: to protect as many in it takes
-/// as long as to end the thread and protect again what a busy guest wrote meanwhile.
-const AHEAD_FROM: u64 = 1024;
 /// As few pages written since are left to the pause.
 const ENOUGH: usize = 64;
 /// How often RAM is protected again because the pause would not fit its limit.
@@ -162,7 +159,7 @@ impl Running {
         Ok(Ok(Flow::Go))
     }
 
-    /// Write-protects RAM, ahead of the pause if there is much of it; a writer does the rest while the vCPUs run.
+    /// Has RAM protected ahead of the pause; in it, what was written since; a writer does the rest while the vCPUs run.
     fn save_live(
         &mut self,
         id: RequestId,
@@ -170,31 +167,26 @@ impl Running {
         requested_ns: u64,
     ) -> io::Result<Result<(), Refusal>> {
         let limit = Limit::from_us(request.max_pause_us);
-        let resident = Resident::now();
-        let private = resident.private(self.machine.ram());
-        let all = Work::Arm { pages: resident.shared, private };
-        let ahead = resident.shared >= AHEAD_FROM || !limit.allows(&self.costs.expect(all));
-        let work = if ahead { Work::ArmRest { noted: 0, private } } else { all };
-        let patience = match limit.check(&self.costs.expect(work), LONGER) {
-            Ok(patience) => patience,
-            Err(refusal) => return Ok(Err(refusal)),
-        };
+        let private = Resident::now().private(self.machine.ram());
+        let least = self.costs.expect(Work::Arm { noted: 0, private });
+        if let Err(refusal) = limit.check(&least, LONGER) {
+            return Ok(Err(refusal));
+        }
         let (machine, record) = (&self.machine, &self.record);
         let prepared = match live::prepare(machine, record, request) {
             Ok(prepared) => prepared,
             Err(refusal) => return Ok(Err(refusal)),
         };
-        if !ahead {
-            let waiting = request.wait.then_some(id);
-            let taken = self.take_live(prepared, None, work, (limit, patience));
-            return match taken {
-                Ok((armed, pause)) => self.go_live(armed, pause, id, waiting, requested_ns),
-                Err(refusal) => Ok(Err(refusal)),
-            };
-        }
         match prepared.start_ahead(machine, self.costs.room(limit, private, ENOUGH)) {
             Ok(ahead) => {
-                self.control.reactor.add(ahead.told_fd(), tokens::AHEAD, Interest::READ)?;
+                let watched =
+                    self.control.reactor.add(ahead.told_fd(), tokens::AHEAD, Interest::READ);
+                if let Err(error) = watched {
+                    drop(ahead);
+                    let why = format!("cannot watch the thread that protects RAM: {error}");
+                    prepared.fail(&why);
+                    return Ok(Err(Refusal::new(500, why)));
+                }
                 let (tag, wait) = (request.tag.clone(), request.wait);
                 let preparing = Preparing {
                     prepared,
@@ -223,18 +215,26 @@ impl Running {
     pub(crate) fn after_ahead(&mut self) -> io::Result<()> {
         let Some(mut preparing) = self.preparing.take() else { return Ok(()) };
         let private = Resident::now().private(self.machine.ram());
-        let (work, patience) = match preparing.ahead.look() {
+        let patience = match preparing.ahead.look() {
             Ahead::Working => {
                 self.preparing = Some(preparing);
                 return Ok(());
             }
-            // Finishing says why it ended.
-            Ahead::Ended => (Work::ArmRest { noted: 0, private }, None),
+            Ahead::Ended => {
+                self.control.reactor.remove(preparing.ahead.told_fd())?;
+                let Preparing { prepared, ahead, request, .. } = preparing;
+                // Nothing is protected any more, and finishing says why.
+                let why = match ahead.finish() {
+                    Err(error) => error.to_string(),
+                    Ok(_) => "RAM could not be protected ahead of the pause".to_owned(),
+                };
+                prepared.fail(&why);
+                return self.control.answer_fault(request, 500, why);
+            }
             Ahead::Ready { noted } => {
-                let work = Work::ArmRest { noted: noted as u64, private };
-                let expected = self.costs.expect(work);
+                let expected = self.costs.expect(Work::Arm { noted: noted as u64, private });
                 match preparing.limit.check(&expected, "the guest writes too fast; allow more") {
-                    Ok(patience) => (work, patience),
+                    Ok(patience) => patience,
                     Err(_) if preparing.in_vain < TRIES => {
                         preparing.in_vain += 1;
                         let enough = self.costs.room(preparing.limit, private, ENOUGH);
@@ -253,7 +253,7 @@ impl Running {
         };
         self.control.reactor.remove(preparing.ahead.told_fd())?;
         let Preparing { prepared, ahead, request, wait, requested_ns, limit, .. } = preparing;
-        let taken = self.take_live(prepared, Some(ahead), work, (limit, patience));
+        let taken = self.take_live(prepared, ahead, private, (limit, patience));
         let outcome = match taken {
             Ok((armed, pause)) => {
                 self.go_live(armed, pause, request, wait.then_some(request), requested_ns)?
@@ -270,8 +270,8 @@ impl Running {
     fn take_live(
         &mut self,
         prepared: Prepared,
-        ahead: Option<PreArm>,
-        work: Work,
+        ahead: PreArm,
+        private: u64,
         (limit, patience): (Limit, Option<Duration>),
     ) -> Result<(Armed, SourcePause), Refusal> {
         let (machine, generation) = (&self.machine, self.record.generation);
@@ -280,10 +280,8 @@ impl Running {
             let state = snapshot::encode(machine, saved, generation).map_err(|e| e.to_string())?;
             clock.saved();
             // From here on to the fork nobody serves a write to RAM, and there is none.
-            let protected = ahead.map(PreArm::finish).transpose().map_err(|e| e.to_string())?;
-            if protected.is_some() {
-                clock.armed();
-            }
+            let protected = ahead.finish().map_err(|e| e.to_string())?;
+            clock.armed();
             Ok((state, protected))
         });
         let (quiesced, (state, protected)) = match stands {
@@ -293,12 +291,7 @@ impl Running {
                 return Err(refusal);
             }
         };
-        let work = match (&protected, work) {
-            (Some(protected), Work::ArmRest { private, .. }) => {
-                Work::ArmRest { noted: protected.report.left, private }
-            }
-            (_, work) => work,
-        };
+        let work = Work::Arm { noted: protected.report.left, private };
         let armed = prepared.arm(machine, &self.engine, &quiesced, state, protected, &mut clock);
         drop(quiesced);
         self.go_on();

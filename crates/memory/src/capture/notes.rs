@@ -221,8 +221,8 @@ mod tests {
         /// Whatever comes in between, and however late messages are served.
         #[test]
         fn stopped_at_any_point_all_is_protected_after(
-            pages in 1usize..900,
-            steps in proptest::collection::vec(step(), 0..400),
+            pages in 1usize..600,
+            steps in proptest::collection::vec(step(), 0..200),
         ) {
             let (kernel, mut notes) = (Kernel::new(pages), Notes::new(pages));
             let (mut read, mut at) = (VecDeque::new(), 0);

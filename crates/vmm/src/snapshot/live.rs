@@ -4,11 +4,11 @@
 //!   source                                     writer
 //!   ------                                     ------
 //!   stage                       guest runs
-//!   protect RAM ahead           guest runs     (if there is much of it: a thread serves faults, and notes them)
+//!   protect RAM ahead           guest runs     a thread serves faults, and notes them
 //!   park vCPUs, encode state    guest stands
 //!   join the thread, protect what it has noted
-//!   fork ------------------------------------> has state and disks as they are now, copied on write
-//!   or write-protect all RAM    guest stands   serves faults from here on
+//!   fork ------------------------------------> has state and disks as they are now, copied on write;
+//!                                              serves faults from here on
 //!   go                          guest runs     copies RAM page by page, then writes state and disks, and commits
 //!   poll, at the writer's end
 //! ```
@@ -74,7 +74,7 @@ pub struct Capturing {
     pub request: Option<RequestId>,
     requested_ns: u64,
     source: SourcePause,
-    ahead: Option<PreReport>,
+    ahead: PreReport,
 }
 
 /// A live snapshot whose RAM is being protected ahead of the pause.
@@ -201,8 +201,8 @@ impl Prepared {
         PreArm::start(&config(machine.ram(), memfd), enough).map_err(|e| e.to_string())
     }
 
-    /// Inside the pause: forks the writer and write-protects RAM, if it is not so already. `state` was encoded
-    /// before RAM was protected: from then on to the fork nobody serves faults.
+    /// Inside the pause: forks the writer of RAM that is protected. `state` was encoded before it was: from then on to
+    /// the fork nobody serves faults.
     ///
     /// # Errors
     /// Why there will be no snapshot. Nothing is protected then, and the VM can go on; what is to be cleared away is
@@ -213,39 +213,26 @@ impl Prepared {
         engine: &Engine,
         _quiesced: &Quiesced,
         state: Vec<u8>,
-        protected: Option<Protected>,
+        protected: Protected,
         clock: &mut PauseClock,
-    ) -> Result<Armed, Box<Unarmed>> {
+    ) -> Result<Armed, Unarmed> {
         let Self { staged, memory, facts, fds } = self;
-        let ahead = protected.as_ref().map(|protected| protected.report);
-        let begun: Result<LiveCapture, (String, Option<LiveCapture>)> = (|| {
-            let without = |why: String| (why, None);
-            let memfd = machine.ram().memfd_region();
-            let memfd = memfd.ok_or_else(|| without("RAM is not in a memfd".to_owned()))?;
+        let ahead = protected.report;
+        let begun: Result<LiveCapture, String> = (|| {
+            let memfd = machine.ram().memfd_region().ok_or("RAM is not in a memfd")?;
             let rest = Mutex::new(Some(Rest { state, disks: machine.disks(), facts }));
             let sink = Sink { staged: Arc::clone(&staged), memory, fds, rest };
             let config = config(machine.ram(), memfd);
             let in_child = || engine.vcpus.release_in_child();
-            if let Some(protected) = protected {
-                // SAFETY: as below.
-                let capture = unsafe { LiveCapture::adopt(&config, protected, sink, in_child) };
-                clock.forked();
-                return capture.map_err(|e| without(e.to_string()));
-            }
             // SAFETY: the witness says that every other thread is a parked vCPU thread, which holds no lock. The
             // closure drops the vCPUs, whose descriptors nothing in the writer uses.
-            let mut capture = unsafe { LiveCapture::prepare(&config, sink, in_child) }
-                .map_err(|e| without(e.to_string()))?;
+            let capture = unsafe { LiveCapture::adopt(&config, protected, sink, in_child) };
             clock.forked();
-            if let Err(error) = capture.arm() {
-                return Err((error.to_string(), Some(capture)));
-            }
-            clock.armed();
-            Ok(capture)
+            capture.map_err(|e| e.to_string())
         })();
         match begun {
             Ok(capture) => Ok(Armed { capture, staged, ahead }),
-            Err((why, capture)) => Err(Box::new(Unarmed { why, capture, staged })),
+            Err(why) => Err(Unarmed { why, staged }),
         }
     }
 
@@ -258,20 +245,14 @@ impl Prepared {
 /// A snapshot that could not be armed.
 pub struct Unarmed {
     why: String,
-    /// Its writer, if there is one.
-    capture: Option<LiveCapture>,
     staged: Shared,
 }
 
 impl Unarmed {
-    /// The VM runs again: ends the writer, and lets the store say why there is no snapshot. Gives the reason.
+    /// The VM runs again: lets the store say why there is no snapshot. Gives the reason.
     pub fn clear(self) -> String {
-        let Self { why, capture, staged } = self;
-        if let Some(mut capture) = capture {
-            end(&mut capture);
-        }
-        fail(&staged, &why);
-        why
+        fail(&self.staged, &self.why);
+        self.why
     }
 }
 
@@ -287,7 +268,7 @@ fn end(capture: &mut LiveCapture) -> Progress {
 pub struct Armed {
     capture: LiveCapture,
     staged: Shared,
-    ahead: Option<PreReport>,
+    ahead: PreReport,
 }
 
 impl Armed {
@@ -324,7 +305,7 @@ impl Capturing {
     /// What is known of it once the VM runs again.
     pub fn receipt_so_far(&self) -> SnapshotReceipt {
         let us = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
-        let ahead = self.ahead.unwrap_or_default();
+        let ahead = self.ahead;
         SnapshotReceipt {
             source: self.source,
             prearm_us: us(ahead.protecting),

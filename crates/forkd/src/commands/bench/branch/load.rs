@@ -18,6 +18,9 @@ const PAGE: u64 = 4096;
 /// How long a burst may take. A page that is copied by a fault takes 10 us; one that waits for a snapshot on disk, longer.
 const BURST: Duration = Duration::from_secs(180);
 
+/// What is watched before a request, and from it on.
+pub const WATCH: Duration = Duration::from_millis(300);
+
 /// What the writers do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Rate {
@@ -241,7 +244,7 @@ pub struct Seen {
     pub pause_ns: u64,
     /// The longest after it.
     pub after_ns: u64,
-    /// The longest in as much time before the request.
+    /// The longest in [`WATCH`] before the request.
     pub noise_ns: u64,
 }
 
@@ -268,11 +271,11 @@ impl Taken {
             let inside = self.gaps.iter().filter(|gap| gap.from_ns >= from && gap.to_ns <= to);
             inside.map(|gap| gap.ns()).max().unwrap_or(0)
         };
-        let after = self.asked_ns.saturating_sub(begun);
+        let watch = u64::try_from(WATCH.as_nanos()).unwrap_or(u64::MAX);
         Seen {
             pause_ns: pause.map_or(0, |gap| gap.ns()),
             after_ns: longest(begun, self.asked_ns),
-            noise_ns: longest(from.saturating_sub(after), from),
+            noise_ns: longest(from.saturating_sub(watch), from),
         }
     }
 }
@@ -327,8 +330,9 @@ mod tests {
         // Nothing at all: the rest is told all the same.
         let seen = taken.seen(130 * ms, 140 * ms, ms);
         assert_eq!((seen.pause_ns, seen.after_ns, seen.noise_ns), (0, 2 * ms, 9 * ms));
-        // Noise is looked for in as much time as there was after the pause.
-        assert_eq!(taken.seen(190 * ms, 195 * ms, ms).noise_ns, 0);
+        // What was longer ago than that is not looked at.
+        assert_eq!(taken.seen(390 * ms, 395 * ms, ms).noise_ns, 50 * ms);
+        assert_eq!(taken.seen(512 * ms, 513 * ms, ms).noise_ns, 0);
     }
 
     #[test]

@@ -17,7 +17,7 @@ use super::super::floor;
 use super::super::measure::{Brood, WAIT, mib};
 use super::super::stats::Samples;
 use super::Subject;
-use super::load::{Load, Rate, Taken};
+use super::load::{Load, Rate, Taken, WATCH};
 use super::report::{Cell, Place};
 use crate::commands::bench_floor::Kind;
 use crate::commands::fork::{self, Request};
@@ -28,8 +28,6 @@ use crate::{persist, registry};
 
 /// How long a guest is left alone after a question: it goes on answering for 60 ms where its kernel is emulated.
 const SETTLE: Duration = Duration::from_millis(200);
-/// What is watched before a request, and after it.
-const WATCH: Duration = Duration::from_millis(300);
 /// How long the rounds of a cell may take, and how many there are all the same.
 const CELL: Duration = Duration::from_secs(60);
 const LEAST_ROUNDS: u32 = 3;

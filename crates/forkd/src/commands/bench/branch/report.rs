@@ -47,9 +47,9 @@ pub struct Cell {
     pub arm_ms: Option<Summary>,
     /// The gap that the writers saw. See [`super::load::Taken::seen`].
     pub gap_ms: Option<Summary>,
-    /// The longest gap that they saw after it, until they were asked (0.3 s or more).
+    /// The longest gap that they saw after it, until they were asked, 0.3 s after the request.
     pub gap_after_ms: Option<Summary>,
-    /// The longest gap in as much time before the request: what the guest and the host do by themselves.
+    /// The longest gap in the 0.3 s before the request: what the guest and the host do by themselves.
     pub noise_ms: Option<Summary>,
     /// The longest that a write waited for its page after the resume: told by the VMM in mode `live`; otherwise the
     /// longest gap after the pause's, noise and all.
@@ -287,8 +287,8 @@ impl Report {
         ))?;
         if !self.cells.is_empty() {
             output::line(
-                "times in ms, p50/p99/max; resident and disk in MiB; noise: the longest gap in as much time without a \
-                 branch; stall: of live as the VMM told it, else the longest gap after the pause's, noise and all",
+                "times in ms, p50/p99/max; resident and disk in MiB; noise: the longest gap in 0.3 s without a branch; \
+                 stall: of live as the VMM told it, else the longest gap after the pause's, noise and all",
             )?;
             let header = [
                 "mem",

@@ -27,7 +27,7 @@ use crate::run_dir::RunDir;
 use crate::snapshot::{self, Errand, WRITE_TIMEOUT};
 
 /// How long nobody must have asked for anything before the zygote does a piece of work of its own. Who has just had it
-/// made wants children of it first, which take a CPU each; with 1 ms they ran 2 ms later.
+/// made wants children of it first, which take a CPU each.
 const IDLE: Duration = Duration::from_millis(20);
 
 enum Flow {

@@ -23,9 +23,9 @@ use crate::requests::{Refusal, VmmAction};
 use crate::run_dir::RunDir;
 use crate::snapshot::{self, Errand, WRITE_TIMEOUT};
 
-/// How long nobody must have asked for anything before the zygote does work of its own. Who has just had it made wants
-/// children of it first.
-const IDLE: Duration = Duration::from_millis(1);
+/// How long nobody must have asked for anything before the zygote does a piece of work of its own. Who has just had it
+/// made wants children of it first, which take a CPU each.
+const IDLE: Duration = Duration::from_millis(20);
 
 /// A zygote.
 pub struct Zygote {

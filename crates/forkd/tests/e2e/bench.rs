@@ -11,7 +11,7 @@ pub const WITHOUT_GUEST: &[Test] = tests!["bench":
 ];
 
 pub const TESTS: &[Test] = tests!["bench":
-    branches_are_measured_in_all_modes 420,
+    branches_are_measured_in_all_modes 600,
 ];
 
 fn wrong_sweeps_are_one_line(suite: &Suite) -> Result<()> {
@@ -62,7 +62,7 @@ fn branches_are_measured_in_all_modes(suite: &Suite) -> Result<()> {
     }
     let size = |n: usize| number(&cells[n], "disk_mib", "p50");
     // The rings' 32 MiB are in each full snapshot; of a diff what was written is, here 30 MB.
-    ensure!(size(7)? > 70.0 && size(2)? > 28.0 && size(2)? < 60.0, "{} and {}", size(7)?, size(2)?);
+    ensure!(size(7)? > 60.0 && size(2)? > 28.0 && size(2)? < 60.0, "{} and {}", size(7)?, size(2)?);
     let loads = report["loads"].as_array().context("loads")?;
     ensure!(loads.len() == 2 && loads[1]["depth"] == 1, "{loads:?}");
     for load in loads {

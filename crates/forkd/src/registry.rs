@@ -139,9 +139,9 @@ pub fn users_of_image(paths: &Paths, digest: &str) -> Result<Vec<String>> {
 /// One has: names it.
 pub fn require_free_names(paths: &Paths, names: &[String]) -> Result<()> {
     let taken = vms(paths)?;
-    let clash =
-        taken.iter().find(|l| names.contains(&l.record.name) || names.contains(&l.record.id));
-    match clash {
+    // The first name that is taken, whichever VM is the first that is found.
+    let has = |name: &String| taken.iter().find(|l| l.record.name == *name || l.record.id == *name);
+    match names.iter().find_map(has) {
         Some(live) => bail!("{}", name_taken(&live.record)),
         None => Ok(()),
     }

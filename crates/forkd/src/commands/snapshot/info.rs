@@ -205,10 +205,11 @@ pub(super) mod tests {
     use super::*;
     use forkd_snapshot::{CpuModel, Facts, ImageRef, KvmFlavour, Platform};
 
-    /// Writes a snapshot of 4 MiB with one page of data, flat or over a parent.
+    /// Writes a snapshot of 4 MiB with one page of data of its own, flat or over a parent.
     pub fn put(store: &Store, tag: &str, parent: Option<&str>) {
+        let page = tag.as_bytes().repeat(4096)[..4096].to_vec();
         let mut staged = store.stage(tag, parent).unwrap();
-        staged.memory(4 << 20).unwrap().write(2 << 20, &[7; 4096]).unwrap();
+        staged.memory(4 << 20).unwrap().write(2 << 20, &page).unwrap();
         staged.disk(1 << 20, true).unwrap().write(0, &[8; 4096]).unwrap();
         staged.state(b"state").unwrap();
         let cpu = CpuModel {

@@ -1,4 +1,4 @@
-//! What the steps of `live` and `diff` branches cost on this host, without a guest.
+//! What the steps of `live` branches cost on this host, without a guest.
 //!
 //!     cargo run --release -p forkd-memory --example capture_costs [MIB] [ROUNDS]
 //!
@@ -15,8 +15,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use forkd_memory::capture::{Ahead, LiveCapture, LiveConfig, PageSink, PreArm};
-use forkd_memory::dirty::{DirtyTracker, Kind, Limits, PreCopy, Tracked};
-use forkd_sys::mmap::{AnonymousOptions, Mapping};
+use forkd_sys::mmap::Mapping;
 use forkd_sys::userfaultfd::{Fault, Features, Mode, Userfaultfd};
 
 const PAGE: usize = 4096;
@@ -266,44 +265,6 @@ fn live_ahead(mib: usize, rounds: usize, writers: usize, hot_pages: usize) {
     percentiles("  longest stall ahead of the pause, at most", stalls);
 }
 
-fn diff(name: &str, ram: &Mapping, kind: Kind, rounds: usize) {
-    let range = ram.address() as u64..(ram.address() + ram.len()) as u64;
-    let since = Instant::now();
-    let mut tracker = DirtyTracker::start(vec![Tracked { range, kind }]).expect("start");
-    let start = since.elapsed();
-    let dirty_pages = 30 * 1_000_000 / PAGE;
-    let stride = ram.len() / PAGE / dirty_pages;
-    let (mut peeks, mut collects, mut pauses, mut firsts) = (vec![], vec![], vec![], vec![]);
-    for round in 0..rounds {
-        let since = Instant::now();
-        for index in 0..dirty_pages {
-            // Scattered, which is the worst for the scan: no two are neighbours.
-            ram.write_at(index * stride * PAGE, &[round as u8; 64]).expect("write");
-        }
-        firsts.push(since.elapsed() / dirty_pages as u32);
-        let since = Instant::now();
-        assert_eq!(tracker.peek().expect("peek"), (dirty_pages * PAGE) as u64);
-        peeks.push(since.elapsed());
-        if round % 2 == 0 {
-            let since = Instant::now();
-            tracker.collect(|_| {}).expect("collect");
-            collects.push(since.elapsed());
-        } else {
-            let limits = Limits { max_pause: None, fixed: Duration::ZERO, max_rounds: 1 };
-            let mut precopy = PreCopy::new(&mut tracker, ram, limits).expect("precopy");
-            precopy.reserve((dirty_pages * PAGE) as u64).expect("reserve");
-            let since = Instant::now();
-            drop(precopy.final_round().expect("the pause").0);
-            pauses.push(since.elapsed());
-        }
-    }
-    println!("diff, {name}, {} MiB, 30 MB dirty, start {start:.1?}:", ram.len() / MIB);
-    percentiles("  a write that is tracked", firsts);
-    percentiles("  peek", peeks);
-    percentiles("  collect", collects);
-    percentiles("  the pause: collect and copy, no round before", pauses);
-}
-
 fn main() {
     let mut args = std::env::args().skip(1).map(|arg| arg.parse::<usize>().expect("a number"));
     let (mib, rounds) = (args.next().unwrap_or(1536), args.next().unwrap_or(20));
@@ -316,16 +277,5 @@ fn main() {
     for writers in [1, 2, 4] {
         live(mib, rounds, writers, false);
         live(mib, rounds, writers, true);
-    }
-    diff("memfd shared", &memfd(mib * MIB).1, Kind::File, rounds);
-    for huge_pages in [false, true] {
-        let options = AnonymousOptions { noreserve: true, huge_pages, align: 2 << 20 };
-        let ram = Mapping::anonymous(mib * MIB, options).expect("mapping");
-        if !huge_pages {
-            ram.advise_small_pages().expect("small pages");
-        }
-        ram.populate_write(0, ram.len()).expect("populate");
-        let name = if huge_pages { "anonymous, huge pages" } else { "anonymous, small pages" };
-        diff(name, &ram, Kind::Anonymous, rounds);
     }
 }

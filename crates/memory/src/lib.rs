@@ -16,7 +16,6 @@
 
 pub mod backend;
 pub mod capture;
-pub mod dirty;
 pub mod error;
 pub mod layout;
 pub mod memfd;

@@ -10,7 +10,7 @@ pub enum BranchMode {
     Fork,
     /// RAM is write-protected in the pause and copied while the source runs on.
     Live,
-    /// What is dirty since the parent snapshot is copied in the pause.
+    /// What differs from the last durable snapshot is kept: by a fork, or as `live` does it.
     Diff,
     /// All RAM is copied in the pause.
     Full,

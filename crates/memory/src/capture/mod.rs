@@ -70,7 +70,7 @@
 //!   by address, and the kernel lets one userfaultfd unprotect what another has protected.
 //! - Only writes through the mapping are caught: not `write(2)` to the memfd or another mapping of it,
 //!   and not a device's DMA into pages that were pinned before. Drain I/O before the arm.
-//! - One userfaultfd per mapping: a [`crate::dirty::DirtyTracker`] on the same RAM has to stop first.
+//! - One userfaultfd per mapping: what else watches the same RAM has to stop first.
 //!
 //! # Known holes
 //!

@@ -5,6 +5,7 @@
 //! failed, unless FORKD_E2E_ALL_FAILURES is set. Left out are [`SPARED`].
 
 use std::collections::BTreeMap;
+use std::ffi::CString;
 use std::fs;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -26,7 +27,7 @@ use crate::strace::{Call, Traced, call_of, delaying, failing, of_first_request};
 use crate::vm::{Branched, Vm};
 
 pub const TESTS: &[Test] = tests!["forced_failures":
-    a_writer_killed_while_it_is_armed 60,
+    a_writer_killed_before_it_has_begun 60,
     a_tag_that_is_taken_meanwhile 60,
     on_a_full_disk_the_vm_goes_on 120,
     without_descriptors_the_vm_goes_on 120,
@@ -50,6 +51,8 @@ const FEW: usize = 3;
 const SAMPLE: usize = 14;
 /// Where the sample begins.
 const SEED: usize = 5;
+/// A call of each pause.
+const SAVED: &str = "KVM_GET_CLOCK";
 /// How often a call is tried to be met.
 const TRIES: usize = 4;
 /// How many looks in a row find the event loop where it was.
@@ -280,11 +283,8 @@ impl<'s> Subject<'s> {
         let (said, lines) = self.traced(&[], &tag)?;
         ensure!(said.status.success(), "{}: {}", self.way.name, said.stderr_text());
         self.check(&said, &tag)?;
-        let mut calls = of_first_request(&lines, &tag);
-        ensure!(
-            calls.iter().any(|call| call.on == "KVM_GET_CLOCK"),
-            "no state was saved: {calls:?}"
-        );
+        let mut calls = of_first_request(&lines, &tag, SAVED);
+        ensure!(calls.iter().any(|call| call.on == SAVED), "no state was saved: {calls:?}");
         calls.retain(|call| !SPARED.contains(&call.name.as_str()));
         Ok(calls)
     }
@@ -424,14 +424,19 @@ fn without_descriptors_the_vm_goes_on(suite: &Suite) -> Result<()> {
     Ok(())
 }
 
+/// Bytes that it has for more than the warm snapshot.
+const ROOM: u64 = 3 << 20;
+
 /// A small disk in the place of the store, with the warm snapshot on it.
 struct SmallDisk(PathBuf);
 
 impl SmallDisk {
     fn new(suite: &Suite) -> Result<Self> {
         let (store, aside) = (suite.home().join("snapshots"), suite.scratch("small")?);
-        let size = c"size=64m";
-        mount("none", &aside, "tmpfs", MountFlags::empty(), Some(size)).context("cannot mount")?;
+        let used = forkd_snapshot::disk_bytes(&store.join(WARM))?;
+        let size = CString::new(format!("size={}", used + ROOM))?;
+        mount("none", &aside, "tmpfs", MountFlags::empty(), Some(size.as_c_str()))
+            .context("cannot mount")?;
         let disk = Self(store.clone());
         let copied = suite.program("/bin/cp").arg("-a").args([&store.join(WARM), &aside]).ok();
         let placed = copied.and_then(|_| Ok(mount_bind(&aside, &store)?));
@@ -451,11 +456,12 @@ impl Drop for SmallDisk {
 fn on_a_full_disk_the_vm_goes_on(suite: &Suite) -> Result<()> {
     for way in [FORK, DIFF, LIVE, FULL] {
         let mut subject = Subject::new(suite, way)?;
-        subject.vm.run("blob = bytearray(b'forkd' * (10 << 20))")?;
+        // More than there is room for, also for a diff.
+        subject.vm.run("blob = b'forkd' * (2 << 20)")?;
         let disk = SmallDisk::new(suite)?;
         let tag = subject.next_tag();
         let said = subject.branch(&tag)?;
-        ensure!(!said.status.success(), "{}: 92 MiB fit into 64", way.name);
+        ensure!(!said.status.success(), "{}: it fits", way.name);
         ensure!(
             said.stderr_text().contains("no space left"),
             "{}: {}",
@@ -491,12 +497,15 @@ fn meanwhile(
     said
 }
 
-fn a_writer_killed_while_it_is_armed(suite: &Suite) -> Result<()> {
+/// RAM is protected then, and nobody serves it any more.
+fn a_writer_killed_before_it_has_begun(suite: &Suite) -> Result<()> {
     let mut subject = Subject::new(suite, LIVE)?;
     let calls = subject.record()?;
-    let arm = calls.iter().find(|call| call.on == "UFFDIO_WRITEPROTECT").context("it is armed")?;
+    let forked = calls.iter().rposition(|call| call.name == "clone").context("a fork")?;
+    let told = calls[forked..].iter().find(|call| (&*call.name, &*call.on) == ("write", "pipe"));
+    let told = told.with_context(|| format!("the writer is told to begin: {calls:?}"))?;
     let tag = subject.next_tag();
-    let said = meanwhile(&mut subject, arm, &tag, |subject| {
+    let said = meanwhile(&mut subject, told, &tag, |subject| {
         let until = Instant::now() + SETTLED;
         eventually(until, "there is a writer", || Ok(!subject.is_alone()?))?;
         for writer in children(subject.vm.pid)? {

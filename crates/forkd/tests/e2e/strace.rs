@@ -98,8 +98,9 @@ pub fn call_of(line: &str, tag: &str) -> Option<Call> {
     Some(Call { name: name.to_string(), nth: 0, on })
 }
 
-/// What a thread calls from its first request of an API by POST until it waits for events again.
-pub fn of_first_request(lines: &[String], tag: &str) -> Vec<Call> {
+/// What a thread calls from its first request of an API by POST until it waits for events again, after it has made a call
+/// that works on `mark`.
+pub fn of_first_request(lines: &[String], tag: &str, mark: &str) -> Vec<Call> {
     let mut seen = std::collections::BTreeMap::<String, usize>::new();
     let mut found = Vec::new();
     let mut serving = false;
@@ -108,7 +109,8 @@ pub fn of_first_request(lines: &[String], tag: &str) -> Vec<Call> {
         let count = seen.entry(call.name.clone()).or_default();
         *count += 1;
         call.nth = *count;
-        if serving && call.name.starts_with("epoll_") && call.name.contains("wait") {
+        let waits = call.name.starts_with("epoll_") && call.name.contains("wait");
+        if waits && found.iter().any(|call: &Call| call.on == mark) {
             break;
         }
         if serving {

@@ -51,7 +51,7 @@ fn source<'s>(suite: &'s Suite, mode: &str) -> Result<Vm<'s>> {
     let memory = if mode == "live" { "memfd-shared" } else { "file" };
     let said = suite.forkd(["fork", WARM, "--memory", memory, "--json"]).output()?;
     let vm = Branched::read(suite, said)?.children.pop().context("one child")?;
-    vm.run(&format!("blob = bytearray(b'forkd' * (3 << 20))\nlevel.append({mode:?})"))?;
+    vm.run(&format!("blob = b'forkd' * (1 << 18)\nlevel.append({mode:?})"))?;
     Ok(vm)
 }
 
@@ -122,7 +122,7 @@ impl<'s> Stopped<'s> {
         let child = Branched::read(self.suite, said)?.children.pop().context("one child")?;
         let expected = self.vm.value("level[-1]")?;
         ensure!(child.value("level[-1]")? == expected, "the child of {} is another", self.tag);
-        ensure!(child.value("len(blob)")? == (15 << 20).to_string());
+        ensure!(child.value("len(blob)")? == (5 << 18).to_string());
         child.kill()
     }
 

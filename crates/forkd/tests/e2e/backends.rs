@@ -138,7 +138,7 @@ fn children_of_one_memfd_cost_one_copy(suite: &Suite) -> Result<()> {
     let tag = durable(suite)?;
     let vms = load(suite, tag, "memfd-private", MANY)?;
     for vm in &vms {
-        vm.run("own = bytearray(b'x' * (8 << 20))")?;
+        vm.run("own = b'x' * (2 << 20)")?;
     }
     let all: Vec<Mapped> = vms.iter().map(|vm| mapped(vm.pid)).collect::<Result<_>>()?;
     ensure!(all.iter().all(|one| one.inode == all[0].inode), "it is one memfd: {all:?}");

@@ -79,6 +79,13 @@ unit: ## run unit and property tests
 e2e: ## run the tests on real guests
 	@.ci/test.sh e2e
 
+.PHONY: matrix
+matrix: ## branch in each mode, BRANCHES times (30), on each kind of RAM, up to 4 GiB, and check them (hours)
+	@packaging/debian-packages.sh test
+	@$(MAKE) build kernel image
+	@FORKD_MATRIX=$(or $(BRANCHES),30) FORKD_BIN=$(FORKD) cargo test --locked --package forkd --test e2e -- \
+		--test-threads=1 matrix:: leftovers::
+
 .PHONY: lint
 lint: ## check format, lints, scripts, dependencies and docs
 	@.ci/test.sh format clippy scripts dependencies docs

@@ -45,7 +45,7 @@ step_build() {
 }
 
 step_unit() { cargo test --workspace --locked --no-fail-fast --lib --bins --tests --exclude forkd &&
-    cargo test --package forkd --bins --locked --no-fail-fast &&
+    cargo test --package forkd --lib --bins --locked --no-fail-fast &&
     cargo test --workspace --locked --no-fail-fast --doc; }
 
 # One at a time: they measure, and each guest boot wants a CPU for itself.

@@ -48,7 +48,7 @@ const ALLOCATOR: [&str; 5] = ["brk", "mmap", "mremap", "madvise", "mprotect"];
 /// More of the same call, and the next branch may make more or fewer of it.
 const FEW: usize = 3;
 /// How many calls of each mode are failed, unless all are.
-const SAMPLE: usize = 14;
+const SAMPLE: usize = 8;
 /// Where the sample begins.
 const SEED: usize = 5;
 /// A call of each pause.

@@ -19,7 +19,7 @@ pub const TESTS: &[Test] = tests!["matrix":
 ];
 
 /// Branches of each cell, unless it is said otherwise.
-const FEW: usize = 2;
+const FEW: usize = 1;
 /// RAM beyond the hole below 4 GiB, in MiB.
 const LARGE_MIB: u64 = 4096;
 /// Threads that write.

@@ -1,6 +1,7 @@
 //! Collapsing real RAM. In a process of its own: a fork by another test would make pages shared.
 
 #![allow(unsafe_code)]
+#![allow(clippy::expect_used, reason = "a test")]
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -182,7 +183,7 @@ fn it_stops_where_it_is_told_to() {
         assert_eq!((done.made, done.small), (0, 100 * 512), "{goal:?}");
     }
     let done = collapse(&ram, CollapseGoal { enough: 50 * 512, ..ALL });
-    assert!(done.small <= 50 * 512 && done.small > (50 - BATCH as u64) * 512, "{done:?}");
+    assert!(done.small <= 50 * 512 && done.small > (50 - BATCH) * 512, "{done:?}");
     // Dropped at once it leaves RAM as RAM.
     drop(CollapseAhead::start(&ram, ALL).expect("start"));
     assert_eq!(read(&ram, 0, PAGE), vec![0; PAGE]);

@@ -16,7 +16,7 @@ use vm_memory::{Bytes, GuestAddress};
 const MIB: u64 = 1 << 20;
 const PAGE: usize = 4096;
 /// Huge pages that one call makes.
-const BATCH: u64 = 32;
+const BATCH: u64 = 4;
 const ALL: CollapseGoal =
     CollapseGoal { most: 0, enough: 0, time: Duration::from_secs(30), reserve_mib: 0 };
 const RANGE: usize = 2 << 20;

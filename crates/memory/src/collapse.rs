@@ -241,10 +241,10 @@ impl Work {
 
     /// Makes huge pages of neighbours. How many there are now; none if there will be no more.
     ///
-    /// RAM of a fork is advised to have no huge pages, as its first touches and writes are to cost 4 KiB, and
-    /// collapsing respects the advice. So it is taken back for these ranges alone, and given again: each of them
-    /// has its page table, so that no touch of it can make a huge page meanwhile. A thread that dies in between
-    /// leaves ranges without it that are huge, or have a page table, already.
+    /// RAM may be advised to have no huge pages ([`GuestRam::prefer_small_pages`]), so that first touches cost 4 KiB,
+    /// and collapsing respects the advice. So it is taken back for these ranges alone, and given again: each of
+    /// them has its page table, so that no touch of it can make a huge page meanwhile. If it cannot be given again,
+    /// ranges are left without it that are huge, or have a page table, already.
     fn collapse(
         &self,
         urgency: Urgency,

@@ -227,3 +227,49 @@ impl Running {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn limit(us: u64) -> Limit {
+        Limit::from_us(Some(us))
+    }
+
+    #[test]
+    fn small_pages_are_collapsed_where_the_fork_is_long_or_does_not_fit() {
+        let costs = Costs::default();
+        let (most, enough) = bounds(&costs, Limit(None), 1).expect("it helps");
+        let fork = |small| {
+            let tables = Tables { small, ..Tables::default() };
+            costs.expect(Work::Fork { tables })
+        };
+        // 210 us are parking and saving.
+        assert!(fork(most).total() <= Duration::from_micros(4210));
+        assert!(fork(most + 100).total() > Duration::from_micros(4210));
+        assert!(fork(enough).total() <= Duration::from_micros(2210) && enough > 0);
+        // Four children have a quarter each.
+        assert_eq!(bounds(&costs, Limit(None), 4), Some((most / 4, enough / 4)));
+        // What the limit allows for is left alone, whatever that is; half of it is aimed at.
+        let (most, enough) = bounds(&costs, limit(10_000_000), 1).expect("it helps");
+        assert!(most > 200_000_000 && enough == most / 2);
+        let (most, _) = bounds(&costs, limit(2000), 1).expect("it helps");
+        assert!(limit(2000).allows(&fork(most)) && !limit(2000).allows(&fork(most + 100)));
+        // Nothing helps: it is refused at once.
+        assert_eq!(bounds(&costs, limit(500), 1), None);
+    }
+
+    #[test]
+    fn what_was_done_is_told_and_priced() {
+        let tables = Tables { small: 100, huge: 7, rough: false };
+        let before = Before { tables, count: 3, ..Before::default() };
+        let all = Tables { small: 300, huge: 21, rough: false };
+        assert_eq!(before.work(), Work::Fork { tables: all });
+        let pause = SourcePause { pause_us: 5, ..SourcePause::default() };
+        assert_eq!(before.tell(pause), pause, "nothing was made");
+        let collapse =
+            Collapsed { made: 2, took: Duration::from_millis(3), ..Collapsed::default() };
+        let told = Before { collapse, ..before }.tell(pause);
+        assert_eq!((told.pages_collapsed, told.collapse_us, told.pause_us), (2, 3000, 5));
+    }
+}

@@ -191,6 +191,12 @@ pub struct SourcePause {
     /// Write-protecting RAM, for a snapshot in mode `live`: all of it, or what was left by the protection ahead.
     #[serde(default)]
     pub arm_us: u64,
+    /// Time before the pause, while the VM ran, in which RAM was made huge pages so that fork(2) has less to copy.
+    #[serde(default)]
+    pub collapse_us: u64,
+    /// Huge pages (2 MiB) that were made.
+    #[serde(default)]
+    pub pages_collapsed: u64,
     /// The longest that `pause_us` was to be, if that was said.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_pause_us: Option<u64>,

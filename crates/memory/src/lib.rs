@@ -16,6 +16,7 @@
 
 pub mod backend;
 pub mod capture;
+pub mod collapse;
 pub mod error;
 pub mod layout;
 pub mod memfd;

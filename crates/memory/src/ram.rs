@@ -6,6 +6,7 @@ use std::fs::File;
 use std::io;
 use std::mem::ManuallyDrop;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use forkd_sys::mmap::Mapping;
 use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
@@ -70,6 +71,8 @@ pub struct GuestRam {
     regions: Vec<Region>,
     backend: ManuallyDrop<Box<dyn Backend>>,
     mem_mib: u32,
+    /// What was advised last.
+    small_pages: AtomicBool,
 }
 
 impl Drop for GuestRam {
@@ -103,7 +106,9 @@ impl GuestRam {
         }
         let backend = Anonymous::new(len, options.thp)
             .map_err(|source| MemoryError::Map { mem_mib, source })?;
-        Self::over(Box::new(backend), mem_mib)
+        let mut ram = Self::over(Box::new(backend), mem_mib)?;
+        *ram.small_pages.get_mut() = !options.thp;
+        Ok(ram)
     }
 
     /// RAM from the memory files of a snapshot, mapped privately: `extents` say which bytes of which
@@ -157,7 +162,8 @@ impl GuestRam {
         }
         let guest = GuestMemoryMmap::from_arc_regions(views.clone())
             .map_err(|error| MemoryError::AddressSpace(error.to_string()))?;
-        Ok(Self { guest, views, regions, backend: ManuallyDrop::new(backend), mem_mib })
+        let (backend, small_pages) = (ManuallyDrop::new(backend), AtomicBool::new(false));
+        Ok(Self { guest, views, regions, backend, mem_mib, small_pages })
     }
 
     /// RAM as devices and loaders see it. A clone is cheap and means the same memory.
@@ -243,7 +249,24 @@ impl GuestRam {
     /// # Errors
     /// [`MemoryError::Advise`]; not for a kernel without huge pages.
     pub fn prefer_small_pages(&self) -> Result<(), MemoryError> {
-        self.advise_all("ask for small pages in", Mapping::advise_small_pages)
+        self.advise_all("ask for small pages in", Mapping::advise_small_pages)?;
+        self.small_pages.store(true, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Whether [`Self::prefer_small_pages`] is what was asked last.
+    pub fn prefers_small_pages(&self) -> bool {
+        self.small_pages.load(Ordering::Relaxed)
+    }
+
+    /// Whether small pages can be made huge ones ([`crate::collapse`]): of private memory without a file. A userfault
+    /// that waits for pages keeps the kernel from it, so all has to be loaded.
+    pub fn can_collapse(&self) -> bool {
+        match self.kind() {
+            MemoryBackend::Anonymous => true,
+            MemoryBackend::Userfault => self.check_fork().is_ok(),
+            _ => false,
+        }
     }
 
     /// Asks the kernel to use huge pages here: what a booting VM wants.
@@ -251,7 +274,9 @@ impl GuestRam {
     /// # Errors
     /// [`MemoryError::Advise`]; not for a kernel without huge pages.
     pub fn prefer_huge_pages(&self) -> Result<(), MemoryError> {
-        self.advise_all("ask for huge pages in", Mapping::advise_huge_pages)
+        self.advise_all("ask for huge pages in", Mapping::advise_huge_pages)?;
+        self.small_pages.store(false, Ordering::Relaxed);
+        Ok(())
     }
 
     /// Makes the pages of a range present and writable now, so that the guest's first writes do not

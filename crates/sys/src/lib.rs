@@ -10,6 +10,7 @@ pub mod clock;
 pub mod error;
 pub mod fds;
 pub mod fork;
+pub mod hugepages;
 pub mod limits;
 pub mod lock;
 pub mod memfd;

@@ -12,6 +12,7 @@ use std::fs::File;
 use std::io;
 use std::ops::{BitOr, Range};
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 
 use crate::error::PathError;
 
@@ -73,6 +74,11 @@ impl Categories {
     pub const ZERO: Self = Self(1 << 5);
     /// It is mapped as part of a huge page.
     pub const HUGE: Self = Self(1 << 6);
+
+    /// These and `other`, in a constant.
+    pub const fn and(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
 
     /// Whether all of `other` are among these.
     pub fn contains(self, other: Self) -> bool {
@@ -205,6 +211,29 @@ impl Pagemap {
             args.start = args.walk_end;
         }
         Ok(())
+    }
+
+    /// How many pages of `range` are this process's alone: private memory that no other process maps (bit 56 of an entry,
+    /// Documentation/admin-guide/mm/pagemap.rst). Of file pages, those that one process maps count as well.
+    ///
+    /// # Errors
+    /// That of `pread(2)`; `UnexpectedEof` for addresses beyond the address space.
+    pub fn count_exclusive(&self, range: Range<u64>) -> io::Result<u64> {
+        const EXCLUSIVE: u64 = 1 << 56;
+        let page = crate::mmap::page_size() as u64;
+        let mut entries = [0u8; 4096];
+        let (mut at, end) = (range.start / page, range.end.div_ceil(page));
+        let mut found = 0;
+        while at < end {
+            let count = (end - at).min(entries.len() as u64 / 8) as usize;
+            let bytes = entries.get_mut(..count * 8).unwrap_or_default();
+            self.file.read_exact_at(bytes, at * 8)?;
+            let (words, _) = bytes.as_chunks::<8>();
+            let exclusive = |word: &&[u8; 8]| u64::from_ne_bytes(**word) & EXCLUSIVE != 0;
+            found += words.iter().filter(exclusive).count() as u64;
+            at += count as u64;
+        }
+        Ok(found)
     }
 
     fn call(&mut self, args: &mut ScanArgs) -> io::Result<usize> {

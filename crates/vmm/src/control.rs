@@ -32,6 +32,8 @@ pub mod tokens {
     pub const RAM: Token = Token(6);
     /// RAM is protected ahead of a live snapshot's pause.
     pub const AHEAD: Token = Token(7);
+    /// RAM is in huge pages, as far as it gets, for a fork.
+    pub const COLLAPSE: Token = Token(8);
     /// The API server: listener and connections.
     pub const API: u64 = 0x1_0000;
     /// The vsock device: listener and connections.

@@ -230,7 +230,14 @@ impl Running {
         Ok(Flow::Go)
     }
 
-    fn serve_waiting(&mut self, waiting: Vec<(RequestId, VmmAction)>) -> io::Result<Flow> {
+    /// Acts on what has waited.
+    ///
+    /// # Errors
+    /// The reactor fails.
+    pub(crate) fn serve_waiting(
+        &mut self,
+        waiting: Vec<(RequestId, VmmAction)>,
+    ) -> io::Result<Flow> {
         for (id, action) in waiting {
             match self.carry_out(id, Ok(action))? {
                 Flow::Go => {}

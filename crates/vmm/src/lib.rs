@@ -14,8 +14,10 @@
 //! holds is saved before the fork and restored into a new VM after it ([`fork`]).
 
 pub mod agent_link;
+mod collapsing;
 pub mod control;
 pub mod fork;
+mod forking;
 mod lazy;
 mod log;
 pub mod machine;

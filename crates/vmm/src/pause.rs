@@ -28,6 +28,8 @@ const SAVE_US: f64 = 60.0;
 /// 0.38 ms with RAM in shared memory).
 const FORK_US: f64 = 380.0;
 const FORK_PAGE_US: f64 = 0.035;
+/// By each huge page (bench/RESULTS.md: 0.47 ms with 460 of them).
+const FORK_HUGE_US: f64 = 0.25;
 /// Ending the thread that protected RAM ahead, and protecting one noted page again: a call for each.
 const ARM_US: f64 = 120.0;
 const ARM_PAGE_US: f64 = 1.5;
@@ -47,8 +49,8 @@ const FACTORS: std::ops::RangeInclusive<f64> = 0.05..=50.0;
 pub enum Work {
     /// fork(2).
     Fork {
-        /// Pages of private memory, whose table entries are copied.
-        pages: u64,
+        /// What is copied, for all children.
+        tables: Tables,
     },
     /// Write protection of what was written since RAM was protected ahead, and a fork that copies none of it.
     Arm {
@@ -62,6 +64,17 @@ pub enum Work {
         /// Bytes of RAM that are read.
         bytes: u64,
     },
+}
+
+/// Entries in page tables that fork(2) copies: those of private memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Tables {
+    /// Of small pages.
+    pub small: u64,
+    /// Of huge pages.
+    pub huge: u64,
+    /// Some that are counted as small may be huge ones: nothing is learned from such a fork.
+    pub rough: bool,
 }
 
 /// A part of a pause.
@@ -183,6 +196,12 @@ impl Expected {
         time(self.park_us) + self.after_parking()
     }
 
+    /// What comes before the last part.
+    pub fn before_last(&self) -> Duration {
+        let last = self.rest.last().map_or(0.0, |(_, us)| *us);
+        self.total().saturating_sub(time(last))
+    }
+
     fn after_parking(&self) -> Duration {
         time(self.rest.iter().map(|(_, us)| us).sum())
     }
@@ -197,6 +216,12 @@ impl Default for Costs {
 impl Costs {
     fn cost(&self, part: Part, prior_us: f64) -> f64 {
         prior_us * self.0.get(part as usize).copied().unwrap_or(1.0)
+    }
+
+    /// Small pages that a fork may copy to be as quick as `us`, by what is known or by the prior, whichever is longer.
+    pub fn small_pages_within(&self, us: f64) -> u64 {
+        let factor = self.cost(Part::Fork, 1.0).max(1.0);
+        (((us / factor - FORK_US) / FORK_PAGE_US).max(0.0)) as u64
     }
 
     /// What a pause with this work will take.
@@ -226,6 +251,9 @@ impl Costs {
     pub fn learn(&mut self, work: Work, pause: &SourcePause) {
         self.see(Part::Park, PARK_US, pause.quiesce_us);
         self.see(Part::Save, SAVE_US, pause.save_us);
+        if matches!(work, Work::Fork { tables: Tables { rough: true, .. } }) {
+            return;
+        }
         for (part, prior_us) in prior(work).into_iter().flatten() {
             let seen = match part {
                 Part::Arm => pause.arm_us,
@@ -270,16 +298,15 @@ impl Running {
                 format!("snapshot {} of this VM is being written: ask again later", preparing.tag);
             return Err(Refusal::new(409, why));
         }
+        if self.collapsing.is_some() {
+            let why = "a fork of this VM is being made: ask again later";
+            return Err(Refusal::new(409, why));
+        }
         self.engine.quiesce(clock, patience, last).map_err(|error| {
             self.go_on();
             let status = if matches!(error, QuiesceError::Slow(..)) { 409 } else { 500 };
             Refusal::new(status, format!("the VM cannot be {done} now: {error}"))
         })
-    }
-
-    /// The work of a pause in which `count` processes are forked.
-    pub(crate) fn fork_work(&self, count: usize) -> Work {
-        Work::Fork { pages: Resident::now().private(self.machine.ram()) * count as u64 }
     }
 
     /// Lets the vCPUs go on, unless the VM is paused by request.
@@ -292,11 +319,13 @@ impl Running {
 
 /// The parts of a work, with what they take if nothing else is known.
 fn prior(work: Work) -> [Option<(Part, f64)>; 2] {
-    let fork = |pages: u64| (Part::Fork, FORK_US + FORK_PAGE_US * pages as f64);
+    let fork = |small: u64, huge: u64| {
+        (Part::Fork, FORK_US + FORK_PAGE_US * small as f64 + FORK_HUGE_US * huge as f64)
+    };
     match work {
-        Work::Fork { pages } => [Some(fork(pages)), None],
+        Work::Fork { tables } => [Some(fork(tables.small, tables.huge)), None],
         Work::Arm { noted, private } => {
-            [Some((Part::Arm, ARM_US + ARM_PAGE_US * noted as f64)), Some(fork(private))]
+            [Some((Part::Arm, ARM_US + ARM_PAGE_US * noted as f64)), Some(fork(private, 0))]
         }
         Work::Copy { bytes } => [Some((Part::Copy, COPY_BYTE_US * (bytes as f64).max(1.0))), None],
     }
@@ -310,9 +339,49 @@ mod tests {
         Limit::from_us(Some(us))
     }
 
+    fn small(small: u64) -> Tables {
+        Tables { small, ..Tables::default() }
+    }
+
+    #[test]
+    fn huge_pages_cost_less_and_rough_counts_teach_nothing() {
+        let mut costs = Costs::default();
+        let whole = |costs: &Costs, tables| costs.expect(Work::Fork { tables }).total();
+        let (huge, split) = (Tables { huge: 460, ..small(1000) }, small(460 * 512 + 1000));
+        assert!(whole(&costs, huge) < Duration::from_millis(1));
+        assert!(whole(&costs, split) > Duration::from_millis(8));
+        // A fork that took what a small one takes, of what may have been huge.
+        let quick =
+            SourcePause { quiesce_us: 150, save_us: 60, fork_us: 400, ..SourcePause::default() };
+        let before = whole(&costs, split);
+        costs.learn(Work::Fork { tables: Tables { rough: true, ..split } }, &quick);
+        assert_eq!(whole(&costs, split), before);
+        costs.learn(Work::Fork { tables: split }, &quick);
+        assert!(whole(&costs, split) < before);
+    }
+
+    #[test]
+    fn small_pages_within_a_time_are_by_the_longer_of_prior_and_known() {
+        let mut costs = Costs::default();
+        assert_eq!(costs.small_pages_within(100.0), 0);
+        let within = costs.small_pages_within(4000.0);
+        assert!((103_000..104_000).contains(&within), "{within}");
+        let pause = |fork_us| SourcePause {
+            quiesce_us: 150,
+            save_us: 60,
+            fork_us,
+            ..SourcePause::default()
+        };
+        let work = Work::Fork { tables: small(within) };
+        costs.learn(work, &pause(400));
+        assert_eq!(costs.small_pages_within(4000.0), within, "never more than by the prior");
+        (0..20).for_each(|_| costs.learn(work, &pause(8000)));
+        assert!((40_000..50_000).contains(&costs.small_pages_within(4000.0)));
+    }
+
     #[test]
     fn what_does_not_fit_is_refused_with_the_estimate() {
-        let expected = Costs::default().expect(Work::Fork { pages: 14_080 });
+        let expected = Costs::default().expect(Work::Fork { tables: small(14_080) });
         assert_eq!(expected.total(), Duration::from_nanos(1_082_800));
         let refusal = limit(1).check(&expected, "take mode live").expect_err("refused");
         assert_eq!(refusal.status, 409);

@@ -18,14 +18,14 @@ use forkd_sys::clock::{monotonic_ns, realtime_ns};
 use forkd_sys::reactor::{Reactor, Readiness};
 
 use crate::agent_link::{AgentLink, HELLO_PORT, LinkEvent, NOTICE_PORT};
+use crate::collapsing::Collapsing;
 use crate::control::{Control, Flow, Handled, Serve, instance_info, tokens};
 use crate::fork::crowd::Token;
-use crate::fork::offspring::AnswerAs;
-use crate::fork::{Destiny, Forked, PauseClock, child, crowd_of, fork_all, report_pipes};
+use crate::fork::{Destiny, child};
 use crate::lazy::{self, Lazy};
 use crate::machine::engine::Engine;
 use crate::machine::{Gate, Machine};
-use crate::pause::{Costs, Limit, SHORTER_THAN_FORK};
+use crate::pause::{Costs, Limit};
 use crate::process::{Next, VmmError, report, tell};
 use crate::requests::{Refusal, VmmAction};
 use crate::run_dir::RunDir;
@@ -68,6 +68,8 @@ pub struct Running {
     pub(crate) lazy: Option<Lazy>,
     /// One whose RAM is being protected ahead of the pause.
     pub(crate) preparing: Option<Preparing>,
+    /// A fork that waits until RAM is in huge pages.
+    pub(crate) collapsing: Option<Collapsing>,
     /// What pauses of this VM cost.
     pub(crate) costs: Costs,
     waiters: Vec<Waiter>,
@@ -114,6 +116,7 @@ impl Running {
             capture: None,
             lazy: None,
             preparing: None,
+            collapsing: None,
             costs: Costs::default(),
             waiters: Vec::new(),
             rehearsing: None,
@@ -196,6 +199,8 @@ impl Running {
     }
 
     fn end(mut self) -> Result<(), VmmError> {
+        // Its thread works on RAM.
+        drop(self.collapsing.take());
         // Both may hold up a vCPU, and nothing of them is to stay.
         if let Some(preparing) = self.preparing.take() {
             preparing.give_up("the VM ended before it was taken");
@@ -248,6 +253,9 @@ impl Running {
         }
         if token == tokens::AHEAD {
             return self.after_ahead().map(|()| Flow::Go);
+        }
+        if token == tokens::COLLAPSE {
+            return self.after_collapse();
         }
         if self.machine.owns(token) {
             self.machine.handle(&self.control.reactor, &readiness);
@@ -353,8 +361,8 @@ impl Running {
     }
 
     /// Forks the zygote that waited for the rehearsal, if the rehearsal is over.
-    fn after_rehearsal(&mut self) -> io::Result<Flow> {
-        if self.link.is_busy() {
+    pub(crate) fn after_rehearsal(&mut self) -> io::Result<Flow> {
+        if self.link.is_busy() || self.collapsing.is_some() {
             return Ok(Flow::Go);
         }
         let Some((request, spec, limit)) = self.rehearsing.take() else { return Ok(Flow::Go) };
@@ -402,7 +410,8 @@ impl Serve for Running {
     }
 
     fn admit(&mut self, id: RequestId, action: VmmAction) -> Option<VmmAction> {
-        self.unless_loading(id, action)
+        let action = self.unless_loading(id, action)?;
+        self.unless_collapsing(id, action)
     }
 
     fn act(&mut self, id: RequestId, action: VmmAction) -> io::Result<Result<Flow, Refusal>> {
@@ -527,52 +536,6 @@ impl Running {
             return Ok(Err(Refusal::new(500, why)));
         }
         self.rehearsing = Some((id, spec, limit));
-        Ok(Ok(Flow::Go))
-    }
-
-    /// Forks children off the running VM.
-    fn fork(
-        &mut self,
-        request: RequestId,
-        specs: Vec<ChildSpec>,
-        destiny: Destiny,
-        limit: Limit,
-    ) -> io::Result<Result<Flow, Refusal>> {
-        let requested_ns = monotonic_ns();
-        if let Err(refusal) = self.require_ready("forked") {
-            return Ok(Err(refusal));
-        }
-        if let Err(error) = self.machine.ram().check_fork() {
-            return Ok(Err(Refusal::new(409, error.to_string())));
-        }
-        let work = self.fork_work(specs.len());
-        let patience = match limit.check(&self.costs.expect(work), SHORTER_THAN_FORK) {
-            Ok(patience) => patience,
-            Err(refusal) => return Ok(Err(refusal)),
-        };
-        let form = match destiny {
-            Destiny::Vm => AnswerAs::Fork,
-            Destiny::Zygote | Destiny::Writer(_) => AnswerAs::Zygote,
-        };
-        let pipes = report_pipes(specs.len());
-        let crowd = crowd_of(specs.len(), self.machine.waking_limit());
-        let mut clock = PauseClock::start();
-        let quiesced = match self.pause(&mut clock, patience, "forked") {
-            Ok(quiesced) => quiesced,
-            Err(refusal) => return Ok(Err(refusal)),
-        };
-        let delivered = match fork_all(&quiesced, specs, pipes, crowd, destiny, requested_ns) {
-            Forked::Child(birth) => return Ok(Ok(Flow::Child(birth))),
-            Forked::Source(delivered, _) => delivered,
-        };
-        clock.forked();
-        self.go_on();
-        let pause = clock.stop(limit);
-        self.costs.learn(work, &pause);
-        let offspring = &mut self.control.offspring;
-        let batch = offspring.open_batch(Some(request), form, delivered.len(), None);
-        offspring.set_source_pause(batch, pause);
-        offspring.adopt_all(&self.control.reactor, batch, delivered);
         Ok(Ok(Flow::Go))
     }
 

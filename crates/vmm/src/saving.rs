@@ -11,6 +11,7 @@ use forkd_snapshot::{Mode, PAGE_SIZE};
 use forkd_sys::clock::monotonic_ns;
 use forkd_sys::reactor::Interest;
 
+use crate::collapsing::{Before, Then};
 use crate::control::{Flow, tokens};
 use crate::fork::offspring::AnswerAs;
 use crate::fork::{Forked, PauseClock};
@@ -52,7 +53,8 @@ impl Running {
         }
         match request.mode {
             SnapshotMode::Diff if self.machine.ram().check_fork().is_ok() => {
-                return self.save_diff(id, request, requested_ns);
+                let then = Then::Diff { id, request: request.clone(), requested_ns };
+                return self.fork_after_collapse(then);
             }
             SnapshotMode::Full => self.save_full(id, request, requested_ns),
             SnapshotMode::Live | SnapshotMode::Diff => self.save_live(id, request, requested_ns),
@@ -108,15 +110,16 @@ impl Running {
     ///
     /// # Errors
     /// The reactor fails.
-    fn save_diff(
+    pub(crate) fn save_diff(
         &mut self,
         id: RequestId,
         request: &SnapshotRequest,
         requested_ns: u64,
+        before: Before,
     ) -> io::Result<Result<Flow, Refusal>> {
         let tag = &request.tag;
         let limit = Limit::from_us(request.max_pause_us);
-        let work = self.fork_work(1);
+        let work = before.work();
         let patience = match limit.check(&self.costs.expect(work), SHORTER_THAN_FORK) {
             Ok(patience) => patience,
             Err(refusal) => return Ok(Err(refusal)),
@@ -141,7 +144,7 @@ impl Running {
         };
         clock.forked();
         self.go_on();
-        let pause = clock.stop(limit);
+        let pause = before.tell(clock.stop(limit));
         self.costs.learn(work, &pause);
         let offspring = &mut self.control.offspring;
         let to = request.wait.then_some(id);

@@ -9,7 +9,7 @@ use forkd_api::types::{SnapshotMode, SnapshotReceipt, SourcePause};
 use serde::Serialize;
 
 use crate::cli::OutputArgs;
-use crate::commands::fork::{ForkArgs, fork};
+use crate::commands::fork::{ForkArgs, collapsed, fork};
 use crate::paths::Paths;
 use crate::registry::Live;
 use crate::{cleanup, output, persist, registry};
@@ -179,6 +179,7 @@ fn told(receipt: &SnapshotReceipt) -> String {
         text += &format!(", arm {}", us(pause.arm_us));
     }
     text += &format!(", fork or copy {})", us(pause.fork_us));
+    text += &collapsed(pause);
     if receipt.prearm_us > 0 {
         let (ahead, again) = (us(receipt.prearm_us), receipt.pages_rearmed);
         text += &format!(", memory protected ahead in {ahead} and {again} pages of it again");

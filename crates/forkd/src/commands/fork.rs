@@ -334,11 +334,12 @@ impl Forked {
             if let Some(pause) = &self.pause {
                 let us = |n: u64| output::duration(Duration::from_micros(n));
                 output::line(&format!(
-                    "source paused {} (quiesce {}, save {}, fork {})",
+                    "source paused {} (quiesce {}, save {}, fork {}){}",
                     us(pause.pause_us),
                     us(pause.quiesce_us),
                     us(pause.save_us),
-                    us(pause.fork_us)
+                    us(pause.fork_us),
+                    collapsed(pause)
                 ))?;
             }
             for child in &self.children {
@@ -351,6 +352,17 @@ impl Forked {
             bail!("{failed} of {} children of {} failed", self.children.len(), self.source);
         }
         Ok(ExitCode::SUCCESS)
+    }
+}
+
+/// What was done to memory before a pause, to be said after it; empty if nothing was.
+pub fn collapsed(pause: &SourcePause) -> String {
+    match pause.pages_collapsed {
+        0 => String::new(),
+        made => {
+            let took = output::duration(Duration::from_micros(pause.collapse_us));
+            format!(", {made} huge pages made ahead in {took}")
+        }
     }
 }
 

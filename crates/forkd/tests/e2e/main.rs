@@ -19,6 +19,7 @@ mod bad_input;
 mod bench;
 mod branch;
 mod cli;
+mod collapse;
 mod command;
 mod diffs;
 mod durable;
@@ -64,6 +65,7 @@ fn tests() -> Vec<runner::Test> {
         writing::TESTS,
         forced_failures::TESTS,
         max_pause::TESTS,
+        collapse::TESTS,
         backends::TESTS,
         simd::TESTS,
         memory::TESTS,

@@ -84,7 +84,7 @@ mod maps;
 mod notes;
 mod pages;
 mod prearm;
-mod priority;
+pub(crate) mod priority;
 mod report;
 mod writer;
 

@@ -13,8 +13,10 @@
 //! - The guest waits where it touches the very 2 MiB that are being copied, or faults while the address space is
 //!   locked, which it is for the copy of one huge page, half a millisecond. So that this is no longer on a busy host
 //!   the thread is a real-time one meanwhile, as the writer of a live snapshot is. (Two CPUs, five processes that want
-//!   them: 0.6 to 1.4 ms for each huge page, 3 to 8 ms as an ordinary thread. Memory that a hypervisor below this host
-//!   has taken away costs 5 ms when it is used again, either way.)
+//!   them: 0.6 to 1.4 ms for each huge page, 3 to 8 ms as an ordinary thread.)
+//! - Where the host is a VM itself, memory that was free for a while has been given back to the hypervisor, and its first
+//!   use takes 5 ms for 2 MiB. So the thread touches as much memory before, where no lock is held, and frees it: that
+//!   is what the kernel takes next. (A call for 4 huge pages: 2.3 ms, not 20 ms.)
 //!
 //! # What it does not do
 //!
@@ -30,7 +32,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use forkd_sys::hugepages::{self, HUGE_PAGE};
-use forkd_sys::mmap::page_size;
+use forkd_sys::mmap::{AnonymousOptions, Mapping, page_size};
 use forkd_sys::pagemap::{Categories, Pagemap, Query};
 use forkd_sys::wake::Waker;
 use vm_memory::GuestMemoryMmap;
@@ -185,21 +187,48 @@ struct Place {
     small: u64,
 }
 
+/// What the thread has for itself.
+struct Means {
+    urgency: Urgency,
+    pagemap: Pagemap,
+    /// Memory for one call, to be touched and freed.
+    scratch: Mapping,
+}
+
+impl Means {
+    fn new() -> io::Result<Self> {
+        let align = HUGE_PAGE as usize;
+        let options = AnonymousOptions { noreserve: true, huge_pages: true, align };
+        Ok(Self {
+            urgency: Urgency::of_this_thread(),
+            pagemap: Pagemap::own().map_err(io::Error::other)?,
+            scratch: Mapping::anonymous(BATCH * align, options)?,
+        })
+    }
+
+    /// Has memory for so many huge pages be there when the kernel wants it.
+    fn warm(&self, count: usize) -> io::Result<()> {
+        let len = count.min(BATCH) * HUGE_PAGE as usize;
+        self.scratch.populate_write(0, len)?;
+        self.scratch.discard(0, len)
+    }
+}
+
 impl Work {
     fn run(&self) -> io::Result<Collapsed> {
-        let urgency = Urgency::of_this_thread();
-        let mut pagemap = Pagemap::own().map_err(io::Error::other)?;
+        let mut means = Means::new()?;
+        let pagemap = &mut means.pagemap;
         let mut done = Collapsed::default();
         let mut places = Vec::new();
         for range in &self.ranges {
-            let small = small_pages(&mut pagemap, range.clone())?;
+            let small = small_pages(pagemap, range.clone())?;
             done.small += small.iter().map(|place| place.small).sum::<u64>();
-            done.huge += pages(&mut pagemap, range.clone(), HUGE)? / (HUGE_PAGE / page());
+            done.huge += pages(pagemap, range.clone(), HUGE)? / (HUGE_PAGE / page());
             let whole = |place: &Place| place.address + HUGE_PAGE <= range.end;
             places.extend(small.into_iter().filter(|p| p.small >= LEAST && whole(p)));
         }
         if done.small > self.goal.most {
-            self.collapse_all(urgency, &mut pagemap, &places, &mut done)?;
+            self.collapse_all(&mut means, &places, &mut done)?;
         }
         done.took = self.begun.elapsed();
         Ok(done)
@@ -207,20 +236,19 @@ impl Work {
 
     fn collapse_all(
         &self,
-        urgency: Urgency,
-        pagemap: &mut Pagemap,
+        means: &mut Means,
         places: &[Place],
         done: &mut Collapsed,
     ) -> io::Result<()> {
         let (mut in_vain, mut turns) = (0, Turns::new());
         let neighbours = |a: &Place, b: &Place| a.address + HUGE_PAGE == b.address;
         for run in places.chunk_by(neighbours).flat_map(|run| run.chunks(BATCH)) {
-            let own = own_pages(pagemap, run)?;
+            let own = own_pages(&means.pagemap, run)?;
             for batch in own.chunk_by(neighbours) {
                 if done.small <= self.goal.enough || in_vain >= PATIENCE || !self.may_go_on(batch) {
                     return Ok(());
                 }
-                let Some(made) = self.collapse(urgency, pagemap, batch)? else { return Ok(()) };
+                let Some(made) = self.collapse(means, batch)? else { return Ok(()) };
                 turns.pause();
                 in_vain = if made == 0 { in_vain + 1 } else { 0 };
                 let small: u64 = batch.iter().map(|place| place.small).sum();
@@ -245,20 +273,18 @@ impl Work {
     /// and collapsing respects the advice. So it is taken back for these ranges alone, and given again: each of
     /// them has its page table, so that no touch of it can make a huge page meanwhile. If it cannot be given again,
     /// ranges are left without it that are huge, or have a page table, already.
-    fn collapse(
-        &self,
-        urgency: Urgency,
-        pagemap: &mut Pagemap,
-        batch: &[Place],
-    ) -> io::Result<Option<u64>> {
+    fn collapse(&self, means: &mut Means, batch: &[Place]) -> io::Result<Option<u64>> {
         let (Some(first), Some(last)) = (batch.first(), batch.last()) else { return Ok(Some(0)) };
         let range = first.address..last.address + HUGE_PAGE;
+        if means.warm(batch.len()).is_err() {
+            return Ok(None);
+        }
         if self.forbidden && hugepages::allow(range.clone()).is_err() {
             return Ok(None);
         }
-        urgency.hurry();
+        means.urgency.hurry();
         let outcome = hugepages::collapse(range.clone());
-        urgency.relax();
+        means.urgency.relax();
         if self.forbidden {
             // It was just split there; if it fails nonetheless, see above.
             let _again = hugepages::forbid(range.clone());
@@ -266,7 +292,7 @@ impl Work {
         if outcome.is_err_and(|e| e.kind() == io::ErrorKind::OutOfMemory) {
             return Ok(None);
         }
-        Ok(Some(pages(pagemap, range, HUGE)? / (HUGE_PAGE / page())))
+        Ok(Some(pages(&mut means.pagemap, range, HUGE)? / (HUGE_PAGE / page())))
     }
 }
 

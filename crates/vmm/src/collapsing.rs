@@ -30,8 +30,10 @@ use crate::running::Running;
 const LONG_US: f64 = 4000.0;
 /// What is aimed at then: half of it, or the next fork would have to wait again.
 const AIM_US: f64 = LONG_US / 2.0;
-/// How long it may take: 1.5 GiB take 0.3 s on an idle host.
-const TIME: Duration = Duration::from_secs(1);
+/// How long it may take. 1.5 GiB take 0.4 s (0.57 ms for each huge page, crates/memory/src/collapse.rs), and several
+/// times that on a busy host, or a virtual one. What is left is taken by a later fork, once the branches of this one are
+/// gone or the pages are written to.
+const TIME: Duration = Duration::from_secs(2);
 /// What the host is to keep available, in MiB: what a few small VMs need to start.
 const RESERVE_MIB: u64 = 512;
 

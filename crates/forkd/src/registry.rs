@@ -4,6 +4,7 @@
 //! There is no other register. A directory whose lock is free belongs to a dead process; it is swept
 //! whenever a verb looks here.
 
+use std::collections::HashMap;
 use std::path::Path;
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -139,12 +140,18 @@ pub fn users_of_image(paths: &Paths, digest: &str) -> Result<Vec<String>> {
 /// One has: names it.
 pub fn require_free_names(paths: &Paths, names: &[String]) -> Result<()> {
     let taken = vms(paths)?;
-    // The first name that is taken, whichever VM is the first that is found.
-    let has = |name: &String| taken.iter().find(|l| l.record.name == *name || l.record.id == *name);
-    match names.iter().find_map(has) {
+    match first_taken(&taken, names) {
         Some(live) => bail!("{}", name_taken(&live.record)),
         None => Ok(()),
     }
+}
+
+/// Who has the first of the names that is taken, as name or id.
+pub fn first_taken<'a>(living: &'a [Live], names: &[String]) -> Option<&'a Live> {
+    let by_name: HashMap<&str, &Live> = (living.iter())
+        .flat_map(|live| [(&*live.record.name, live), (&*live.record.id, live)])
+        .collect();
+    names.iter().find_map(|name| by_name.get(name.as_str()).copied())
 }
 
 /// That there is a VM of that name.

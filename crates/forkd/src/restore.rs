@@ -1,6 +1,5 @@
 //! Many VMs from one durable snapshot, each in a process that loads it: what `forkd fork --memory` does.
 
-use std::collections::HashSet;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -254,10 +253,8 @@ fn start(
 
 /// Whether no VM in `work_dir` has one of these names.
 fn require_free(work_dir: &Path, names: &[String]) -> Result<(), String> {
-    let wanted: HashSet<&str> = names.iter().map(String::as_str).collect();
     let living = crate::registry::living(work_dir).map_err(|e| output::error_line(&e))?;
-    let taken = |name: &str| wanted.contains(name);
-    match living.iter().find(|live| taken(&live.record.name) || taken(&live.record.id)) {
+    match crate::registry::first_taken(&living, names) {
         Some(live) => Err(crate::registry::name_taken(&live.record)),
         None => Ok(()),
     }
@@ -267,16 +264,17 @@ fn require_free(work_dir: &Path, names: &[String]) -> Result<(), String> {
 mod tests {
     use super::*;
 
-    fn snapshot() -> Snapshot {
-        let nowhere = PathBuf::from("/nonexistent");
-        Snapshot { tag: "py".into(), store: nowhere.clone(), root: nowhere }
+    /// One that is not there.
+    fn snapshot(home: &Path) -> Snapshot {
+        Snapshot { tag: "py".into(), store: home.join("store"), root: home.join("root") }
     }
 
     #[test]
     fn what_cannot_be_asked_for_starts_nothing() {
-        let work_dir = tempfile::tempdir().unwrap();
+        let (work_dir, home) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let refused = |options: ForkOptions| {
-            let error = snapshot().restore_many_with(&options, work_dir.path()).unwrap_err();
+            let error =
+                snapshot(home.path()).restore_many_with(&options, work_dir.path()).unwrap_err();
             assert_eq!(std::fs::read_dir(work_dir.path()).unwrap().count(), 0);
             error.to_string()
         };
@@ -293,10 +291,10 @@ mod tests {
 
     #[test]
     fn each_failure_names_the_child() {
-        let work_dir = tempfile::tempdir().unwrap();
+        let (work_dir, home) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let forkd = PathBuf::from("/nonexistent/forkd");
         let options = ForkOptions { count: 3, forkd, ..ForkOptions::default() };
-        let error = snapshot().restore_many_with(&options, work_dir.path()).unwrap_err();
+        let error = snapshot(home.path()).restore_many_with(&options, work_dir.path()).unwrap_err();
         assert!(matches!(error, RestoreError::Child { number: 1, count: 3, .. }), "{error:?}");
         let said = error.to_string();
         assert!(
@@ -305,7 +303,7 @@ mod tests {
         );
         let memory = MemoryBackend::MemfdPrivate;
         let options = ForkOptions { memory, ..ForkOptions::default() };
-        let error = snapshot().restore_many_with(&options, work_dir.path()).unwrap_err();
+        let error = snapshot(home.path()).restore_many_with(&options, work_dir.path()).unwrap_err();
         assert!(error.to_string().contains("child #1 of 1 of py"), "{error}");
         assert_eq!(std::fs::read_dir(work_dir.path()).unwrap().count(), 0);
     }

@@ -444,14 +444,6 @@ impl Machine {
             .map_err(|e| VmmError::Setup("cannot make the console's log", e.into()))
     }
 
-    /// A child's guest RAM is written in small pieces: a copy should be 4 KiB, not 2 MiB.
-    ///
-    /// # Errors
-    /// The kernel refuses.
-    pub fn prefer_small_pages(&self) -> Result<(), MachineError> {
-        Ok(self.ram.prefer_small_pages()?)
-    }
-
     /// Rings for work that was pending at the fork, and repeats interrupts that were not taken.
     pub fn resume_devices(&self) {
         for device in &self.virtio {

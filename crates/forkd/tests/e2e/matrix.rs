@@ -109,8 +109,7 @@ fn one_cell(suite: &Suite, vm: &Vm<'_>, mode: &str, branches: usize) -> Result<V
             _ => {
                 let args = ["branch", &vm.id, "--snapshot", &tag, "--mode", mode, "--json"];
                 let said: Value = suite.forkd(args).ok()?.json()?;
-                let source = said["receipt"].get("source").unwrap_or(&said["source"]);
-                let pause = source["pause_us"].as_u64().context("a pause")?;
+                let pause = said["receipt"]["source"]["pause_us"].as_u64().context("a pause")?;
                 (suite.fork_of(&tag, 1)?.pop().context("one child")?, pause)
             }
         };

@@ -125,7 +125,7 @@ fn diffs_of_diffs_verify(suite: &Suite) -> Result<()> {
             .forkd(["branch", &source.id, "--snapshot", &tag, "--mode", "diff", "--json"])
             .ok()?
             .json()?;
-        println!("    paused for {} us", said["source"]["pause_us"]);
+        println!("    paused for {} us", said["receipt"]["source"]["pause_us"]);
         source.guest(&["ring", "verify", "/tmp/ring", "/dev/vda"]).context("the source")?;
         suite.kill_all()?;
         let on_disk = std::fs::metadata(suite.home().join("snapshots").join(&tag).join("memory"))?;

@@ -124,6 +124,9 @@ impl ExitBus for Buses {
     }
 }
 
+/// So many durable snapshots of a machine are known to it: others may be removed meanwhile.
+const MAX_KEPT: usize = 16;
+
 /// The machine.
 pub struct Machine {
     host: Host,
@@ -142,8 +145,8 @@ pub struct Machine {
     /// The disks.
     blocks: Vec<Arc<MmioTransport<Block>>>,
     blueprint: Blueprint,
-    /// The last durable snapshot of this machine.
-    latest: Option<Parent>,
+    /// Durable snapshots of this machine, the last first, and at the end the first.
+    kept: Vec<Parent>,
 }
 
 /// What a machine is built to, besides its RAM.
@@ -254,7 +257,7 @@ impl Machine {
             disks,
             blocks,
             blueprint,
-            latest: None,
+            kept: Vec::new(),
         })
     }
 
@@ -275,12 +278,16 @@ impl Machine {
 
     /// A durable snapshot of this machine has been written.
     pub fn set_latest(&mut self, snapshot: Parent) {
-        self.latest = Some(snapshot);
+        self.kept.insert(0, snapshot);
+        if self.kept.len() > MAX_KEPT {
+            // The first is what it was loaded from, if it was: that stays longest.
+            self.kept.remove(MAX_KEPT - 1);
+        }
     }
 
     /// What a diff can be over, the best first. No page that was written since one of them is one of the base's own.
     pub fn forebears(&self) -> impl Iterator<Item = &Parent> {
-        self.latest.iter().chain(&self.blueprint.base)
+        self.kept.iter().chain(&self.blueprint.base)
     }
 
     /// Fds of the disks' base images.

@@ -7,14 +7,14 @@ use forkd_api::server::RequestId;
 use forkd_api::types::{SnapshotMode, SnapshotReceipt, SnapshotRequest, SourcePause};
 use forkd_memory::MemoryBackend;
 use forkd_memory::capture::{Ahead, PreArm};
-use forkd_snapshot::{Mode, PAGE_SIZE};
+use forkd_snapshot::{Mode, PAGE_SIZE, Staged};
 use forkd_sys::clock::monotonic_ns;
 use forkd_sys::reactor::Interest;
 
 use crate::collapsing::{Before, Then};
 use crate::control::{Flow, tokens};
 use crate::fork::offspring::AnswerAs;
-use crate::fork::{Forked, PauseClock};
+use crate::fork::{Forked, PauseClock, Quiesced};
 use crate::pause::{Limit, Resident, SHORTER_THAN_FORK, Work};
 use crate::requests::Refusal;
 use crate::running::Running;
@@ -62,6 +62,19 @@ impl Running {
         .map(|saved| saved.map(|()| Flow::Go))
     }
 
+    /// Quiesces the VM to save it. If that fails, the store says why there is no snapshot.
+    fn pause_for(
+        &self,
+        staged: &Staged,
+        clock: &mut PauseClock,
+        patience: Option<Duration>,
+    ) -> Result<Quiesced, Refusal> {
+        self.pause(clock, patience, "saved").inspect_err(|refusal| {
+            // The refusal tells, and so does the list.
+            drop(staged.fail(&refusal.message));
+        })
+    }
+
     /// Writes all of it with the vCPUs parked.
     fn save_full(
         &mut self,
@@ -80,13 +93,9 @@ impl Running {
             Err(error) => return Ok(Err(Refusal::new(409, error.to_string()))),
         };
         let mut clock = PauseClock::start();
-        let quiesced = match self.pause(&mut clock, patience, "saved") {
+        let quiesced = match self.pause_for(&staged, &mut clock, patience) {
             Ok(quiesced) => quiesced,
-            Err(refusal) => {
-                // The refusal tells, and so does the list.
-                drop(staged.fail(&refusal.message));
-                return Ok(Err(refusal));
-            }
+            Err(refusal) => return Ok(Err(refusal)),
         };
         let (machine, record) = (&self.machine, &self.record);
         let filled = snapshot::fill(machine, quiesced.saved(), record, &mut staged);
@@ -129,13 +138,9 @@ impl Running {
             Err(why) => return Ok(Err(Refusal::new(409, why))),
         };
         let mut clock = PauseClock::start();
-        let quiesced = match self.pause(&mut clock, patience, "saved") {
+        let quiesced = match self.pause_for(&staged, &mut clock, patience) {
             Ok(quiesced) => quiesced,
-            Err(refusal) => {
-                // The refusal tells, and so does the list.
-                drop(staged.fail(&refusal.message));
-                return Ok(Err(refusal));
-            }
+            Err(refusal) => return Ok(Err(refusal)),
         };
         let errand = Errand { staged, mode: Mode::Diff };
         let delivered = match snapshot::fork_writer(&quiesced, tag, errand, requested_ns) {

@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
-use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
 use forkd_snapshot::{Digest, Resolved, Store, Verification};
@@ -25,18 +24,11 @@ const DIRTY_MIB: u64 = 8;
 /// Most MiB of a diff on the disk.
 const LARGEST_MIB: u64 = 12;
 
-fn store(suite: &Suite) -> PathBuf {
-    suite.home().join("snapshots")
-}
-
 /// The warm snapshot on the disk, and a VM that has its files for RAM.
 fn loaded(suite: &Suite) -> Result<Vm<'_>> {
     suite.warm()?;
-    if !store(suite).join(WARM).exists() {
-        suite.forkd(["snapshot", "save", WARM]).ok()?;
-    }
-    let said = suite.forkd(["fork", WARM, "--memory", "file", "--json"]).output()?;
-    crate::vm::Branched::read(suite, said)?.children.pop().context("one child")
+    suite.save(WARM)?;
+    suite.load(WARM, "file")
 }
 
 fn take(suite: &Suite, vm: &Vm<'_>, tag: &str, mode: &str) -> Result<Value> {
@@ -44,13 +36,13 @@ fn take(suite: &Suite, vm: &Vm<'_>, tag: &str, mode: &str) -> Result<Value> {
 }
 
 fn parent(suite: &Suite, tag: &str) -> Result<Option<String>> {
-    let store = Store::open(&store(suite))?;
+    let store = Store::open(&suite.store())?;
     Ok(store.get(tag)?.manifest().parent.as_ref().map(|parent| parent.tag.clone()))
 }
 
 /// Bytes that a snapshot's own RAM takes on the disk.
 fn on_disk(suite: &Suite, tag: &str) -> Result<u64> {
-    Ok(fs::metadata(store(suite).join(tag).join("memory"))?.blocks() * 512)
+    Ok(fs::metadata(suite.store().join(tag).join("memory"))?.blocks() * 512)
 }
 
 /// A digest of all bytes.
@@ -61,7 +53,7 @@ fn digest(bytes: &Resolved) -> Result<Digest> {
 }
 
 fn digests(suite: &Suite, tag: &str) -> Result<Vec<Digest>> {
-    let loaded = Store::open(&store(suite))?.load(tag, Verification::Always)?;
+    let loaded = Store::open(&suite.store())?.load(tag, Verification::Always)?;
     [&loaded.memory].into_iter().chain(&loaded.disks).map(digest).collect()
 }
 
@@ -154,7 +146,7 @@ fn a_parent_that_is_gone_is_not_needed(suite: &Suite) -> Result<()> {
     take(suite, &vm, "again", "diff")?;
     ensure!(parent(suite, "again")?.as_deref() == Some(WARM), "another is no parent");
     // With none of them there is no diff, and the VM goes on.
-    let (home, aside) = (store(suite).join(WARM), suite.scratch("aside")?.join(WARM));
+    let (home, aside) = (suite.store().join(WARM), suite.scratch("aside")?.join(WARM));
     fs::rename(&home, &aside)?;
     suite.forkd(["snapshot", "rm", "after"]).ok()?;
     let refused =

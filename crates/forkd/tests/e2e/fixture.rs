@@ -276,6 +276,25 @@ impl Suite {
         Ok(children)
     }
 
+    /// Directory of the durable snapshots.
+    pub fn store(&self) -> PathBuf {
+        self.home().join("snapshots")
+    }
+
+    /// Puts a snapshot on the disk, once.
+    pub fn save(&self, tag: &str) -> Result<()> {
+        if !self.store().join(tag).exists() {
+            self.forkd(["snapshot", "save", tag]).ok()?;
+        }
+        Ok(())
+    }
+
+    /// A VM of a durable snapshot, with RAM of that kind (`--memory`).
+    pub fn load(&self, tag: &str, memory: &str) -> Result<Vm<'_>> {
+        let said = self.forkd(["fork", tag, "--memory", memory, "--json"]).output()?;
+        only(Branched::read(self, said)?.children)
+    }
+
     /// Ids that `forkd ls` lists.
     pub fn ls(&self) -> Result<Vec<String>> {
         let text = self.forkd(["ls", "--quiet"]).ok()?.text();

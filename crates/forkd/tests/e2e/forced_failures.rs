@@ -24,7 +24,7 @@ use crate::fixture::{Suite, WARM, eventually, names};
 use crate::leftovers::children;
 use crate::runner::{Test, tests};
 use crate::strace::{Call, Traced, call_of, delaying, failing, of_first_request};
-use crate::vm::{Branched, Vm};
+use crate::vm::Vm;
 
 pub const TESTS: &[Test] = tests!["forced_failures":
     a_writer_killed_before_it_has_begun 60,
@@ -121,11 +121,8 @@ struct Subject<'s> {
 impl<'s> Subject<'s> {
     fn new(suite: &'s Suite, way: Way) -> Result<Self> {
         suite.warm()?;
-        if !suite.home().join("snapshots").join(WARM).exists() {
-            suite.forkd(["snapshot", "save", WARM]).ok()?;
-        }
-        let said = suite.forkd(["fork", WARM, "--memory", way.memory, "--json"]).output()?;
-        let vm = Branched::read(suite, said)?.children.pop().context("one child")?;
+        suite.save(WARM)?;
+        let vm = suite.load(WARM, way.memory)?;
         // Its disk is a file in memory: a device would keep the event loop busy, and it is to make the same calls
         // each time.
         vm.sh("dd if=/dev/zero of=/tmp/disk bs=1M count=1 2>/dev/null")?;

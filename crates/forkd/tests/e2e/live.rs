@@ -32,7 +32,7 @@ struct Kept {
 
 /// Directory of the durable snapshots.
 pub fn store(suite: &Suite) -> PathBuf {
-    suite.home().join("snapshots")
+    suite.store()
 }
 
 /// Makes the warm snapshot durable, once; its tag.
@@ -42,9 +42,7 @@ pub fn durable(suite: &Suite) -> Result<&'static str> {
 }
 
 fn save(suite: &Suite, tag: &'static str) -> Result<&'static str> {
-    if !store(suite).join(tag).exists() {
-        suite.forkd(["snapshot", "save", tag]).ok()?;
-    }
+    suite.save(tag)?;
     Ok(tag)
 }
 
@@ -54,8 +52,7 @@ pub fn shared_child(suite: &Suite) -> Result<Vm<'_>> {
 }
 
 fn shared_child_of<'s>(suite: &'s Suite, tag: &str) -> Result<Vm<'s>> {
-    let said = suite.forkd(["fork", tag, "--memory", "memfd-shared", "--json"]).output()?;
-    Branched::read(suite, said)?.children.pop().context("one child")
+    suite.load(tag, "memfd-shared")
 }
 
 fn take(suite: &Suite, vm: &Vm<'_>, tag: &str) -> Result<Kept> {

@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use crate::fixture::{SMP, Suite, WARM};
 use crate::runner::{Test, tests};
-use crate::vm::{Branched, Vm};
+use crate::vm::Vm;
 
 pub const TESTS: &[Test] = tests!["matrix":
     with_one_vcpu 900,
@@ -68,9 +68,7 @@ fn large(suite: &Suite, tag: &str, vcpus: u32) -> Result<()> {
 }
 
 fn all_cells(suite: &Suite, tag: &str, branches: usize) -> Result<()> {
-    if !suite.home().join("snapshots").join(tag).exists() {
-        suite.forkd(["snapshot", "save", tag]).ok()?;
-    }
+    suite.save(tag)?;
     for (memory, modes) in CELLS {
         let vm = source(suite, tag, memory)?;
         vm.guest(&["ring", "serve", "/tmp/ring", "/dev/vda", WRITERS])?;
@@ -90,8 +88,7 @@ fn source<'s>(suite: &'s Suite, tag: &str, memory: &str) -> Result<Vm<'s>> {
     if memory == "anonymous" {
         return suite.fork_of(tag, 1)?.pop().context("one child");
     }
-    let said = suite.forkd(["fork", tag, "--memory", memory, "--json"]).output()?;
-    Branched::read(suite, said)?.children.pop().context("one child")
+    suite.load(tag, memory)
 }
 
 /// The pauses of that many branches, sorted, in microseconds.

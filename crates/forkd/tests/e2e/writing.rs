@@ -45,12 +45,9 @@ struct Stopped<'s> {
 /// A VM that has much to write.
 fn source<'s>(suite: &'s Suite, mode: &str) -> Result<Vm<'s>> {
     suite.warm()?;
-    if !suite.home().join("snapshots").join(WARM).exists() {
-        suite.forkd(["snapshot", "save", WARM]).ok()?;
-    }
+    suite.save(WARM)?;
     let memory = if mode == "live" { "memfd-shared" } else { "file" };
-    let said = suite.forkd(["fork", WARM, "--memory", memory, "--json"]).output()?;
-    let vm = Branched::read(suite, said)?.children.pop().context("one child")?;
+    let vm = suite.load(WARM, memory)?;
     vm.run(&format!("blob = b'forkd' * (1 << 18)\nlevel.append({mode:?})"))?;
     Ok(vm)
 }

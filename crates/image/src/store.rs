@@ -177,19 +177,13 @@ impl ImageStore {
         Ok(digest)
     }
 
-    /// Gives a complete image its name. An image of the same digest that is there already is as good.
+    /// Gives a complete image its name. An image of the same digest that is there already is as good, even if it is
+    /// a link to one on another disk.
     fn publish(&self, result: &Path, digest: &str) -> Result<(), ImageError> {
         let home = self.dir.join(digest);
         match fs::rename(result, &home) {
             Ok(()) => sync(&self.dir),
-            Err(e)
-                if matches!(
-                    e.kind(),
-                    io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::AlreadyExists
-                ) =>
-            {
-                Ok(())
-            }
+            Err(_) if home.join("image.json").is_file() => Ok(()),
             Err(e) => Err(ImageError::io("cannot make", &home, e)),
         }
     }

@@ -79,6 +79,23 @@ fn a_known_recipe_is_not_built_again() {
     assert!(!host.build(&recipe, "x").cached, "a removed image must be built again");
 }
 
+/// A store may have its images elsewhere.
+#[test]
+fn an_image_that_is_a_link_is_as_good() {
+    let host = Host::new();
+    let first = host.build(&host.tar("a.tar", "hello"), "one");
+    let home = first.image.path.parent().unwrap();
+    let elsewhere = host.tmp.path().join("elsewhere");
+    fs::rename(home, &elsewhere).unwrap();
+    std::os::unix::fs::symlink(&elsewhere, home).unwrap();
+    let second = host.build(&host.tar("b.tar", "hello"), "two");
+    assert_eq!(second.image.tags, ["one", "two"]);
+    assert!(home.is_symlink() && host.staging().is_empty());
+    // It is the link that goes with the last tag.
+    host.store.remove(&first.image.record.digest, &nobody).unwrap();
+    assert!(!home.exists() && elsewhere.join("image.json").is_file());
+}
+
 #[test]
 fn a_tag_moves_to_the_newer_image() {
     let host = Host::new();

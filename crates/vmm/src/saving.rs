@@ -133,7 +133,7 @@ impl Running {
             Ok(patience) => patience,
             Err(refusal) => return Ok(Err(refusal)),
         };
-        let staged = match snapshot::stage_diff(&self.machine, &request.store, tag) {
+        let staged = match snapshot::stage_diff(&mut self.machine, &request.store, tag) {
             Ok(staged) => staged,
             Err(why) => return Ok(Err(Refusal::new(409, why))),
         };
@@ -180,12 +180,11 @@ impl Running {
         if let Err(refusal) = limit.check(&least, LONGER) {
             return Ok(Err(refusal));
         }
-        let (machine, record) = (&self.machine, &self.record);
-        let prepared = match live::prepare(machine, record, request) {
+        let prepared = match live::prepare(&mut self.machine, &self.record, request) {
             Ok(prepared) => prepared,
             Err(refusal) => return Ok(Err(refusal)),
         };
-        match prepared.start_ahead(machine, self.costs.room(limit, private, ENOUGH)) {
+        match prepared.start_ahead(&self.machine, self.costs.room(limit, private, ENOUGH)) {
             Ok(ahead) => {
                 let watched =
                     self.control.reactor.add(ahead.told_fd(), tokens::AHEAD, Interest::READ);

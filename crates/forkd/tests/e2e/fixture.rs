@@ -161,7 +161,15 @@ impl Suite {
             fs::create_dir_all(images.join(dir))?;
         }
         symlink(from, images.join(&image.digest))?;
-        symlink(format!("../{}", image.digest), images.join("by-tag/python"))?;
+        let target = format!("../{}", image.digest);
+        symlink(&target, images.join("by-tag/python"))?;
+        // Whoever asks for the image by its recipe is not to build it again.
+        for entry in fs::read_dir(from.with_file_name("by-recipe"))? {
+            let entry = entry?;
+            if fs::read_link(entry.path())? == Path::new(&target) {
+                symlink(&target, images.join("by-recipe").join(entry.file_name()))?;
+            }
+        }
         Ok(())
     }
 

@@ -5,6 +5,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use forkd_api::types::{SnapshotReceipt, SourcePause};
 use serde::Deserialize;
+use serde_json::Value;
 
 use crate::command::Output;
 use crate::fixture::{Suite, names};
@@ -162,15 +163,22 @@ fn a_vm_that_ends_meanwhile_leaves_nothing(suite: &Suite) -> Result<()> {
         let first = suite.forkd(args).spawn()?;
         vm.kill()?;
         let said = first.wait()?;
-        // It was quicker, or there is none.
+        // It was quicker, or there is none; had the writing begun, its failure is told until someone removes it.
         ensure!(
             said.status.success() == store(suite).join(&tag).exists(),
             "{}",
             said.stderr_text()
         );
-        if said.status.success() {
-            forget(suite, &tag)?;
+        let info = suite.forkd(["snapshot", "info", &tag, "--json"]).output()?;
+        if !info.status.success() {
+            info.one_line(&[&tag])?;
+            continue;
         }
+        let info: Value = info.json()?;
+        let expected = if said.status.success() { "durable" } else { "failed" };
+        ensure!(info["status"] == expected, "{info}");
+        ensure!(info["durable"]["reason"].is_string() == (expected == "failed"), "{info}");
+        forget(suite, &tag)?;
     }
     ensure!(suite.ls()?.is_empty(), "all are gone");
     Ok(())

@@ -120,6 +120,10 @@ fn diffs_of_diffs_verify(suite: &Suite) -> Result<()> {
         }
         // Some of RAM changes between the generations, and most does not.
         source.run("filler = bytes(range(256)) * 4096")?;
+        // The child above went on after it was loaded; this VM has it to catch up with.
+        eventually(suite.deadline(), "the ring's writer goes on", || {
+            Ok(source.guest(&["ring", "head", "/tmp/ring"])?.parse::<u64>()? > last)
+        })?;
         let tag = format!("diff{round}");
         let said: Value = suite
             .forkd(["branch", &source.id, "--snapshot", &tag, "--mode", "diff", "--json"])

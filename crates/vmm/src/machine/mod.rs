@@ -285,6 +285,11 @@ impl Machine {
         }
     }
 
+    /// These of its snapshots are not there any more. What it was started from stays named.
+    pub fn forget(&mut self, gone: &[Parent]) {
+        self.kept.retain(|kept| !gone.contains(kept));
+    }
+
     /// What a diff can be over, the best first. No page that was written since one of them is one of the base's own.
     pub fn forebears(&self) -> impl Iterator<Item = &Parent> {
         self.kept.iter().chain(&self.blueprint.base)

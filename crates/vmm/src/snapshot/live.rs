@@ -155,7 +155,7 @@ impl PageSink for Sink {
 /// # Errors
 /// 409 if its RAM is not for that, the tag is taken or the store can't be used; 500.
 pub fn prepare(
-    machine: &Machine,
+    machine: &mut Machine,
     source: &VmRecord,
     request: &SnapshotRequest,
 ) -> Result<Prepared, Refusal> {

@@ -75,23 +75,34 @@ pub fn stage(store: &Path, tag: &str) -> Result<Staged, SnapshotError> {
 ///
 /// # Errors
 /// One line: there is no such snapshot, or not that one any more; the tag is taken, or the store can't be used.
-pub fn stage_diff(machine: &Machine, store: &Path, tag: &str) -> Result<Staged, String> {
+pub fn stage_diff(machine: &mut Machine, store: &Path, tag: &str) -> Result<Staged, String> {
     let store = Store::open(store).map_err(|e| e.to_string())?;
     let mut why = "a diff needs a durable snapshot of this VM, or one that it was loaded from: take mode full or live \
                    first, or fork it from one that was loaded"
         .to_owned();
+    let mut gone = Vec::new();
+    let mut staged = None;
     for parent in machine.forebears() {
         match store.stage_over(tag, parent) {
-            Ok(staged) => return Ok(staged),
+            Ok(over) => {
+                staged = Some(over);
+                break;
+            }
+            Err(error @ SnapshotError::TooDeep { .. }) => {
+                why = format!("{error}; take mode fork");
+            }
             Err(
-                error @ (SnapshotError::ParentMissing { .. }
-                | SnapshotError::ParentChanged { .. }
-                | SnapshotError::TooDeep { .. }),
-            ) => why = format!("{error}; take mode fork"),
+                error @ (SnapshotError::ParentMissing { .. } | SnapshotError::ParentChanged { .. }),
+            ) => {
+                why = format!("{error}; take mode fork");
+                gone.push(parent.clone());
+            }
             Err(error) => return Err(error.to_string()),
         }
     }
-    Err(why)
+    // What was removed does not come back: it need not be looked for the next time.
+    machine.forget(&gone);
+    staged.ok_or(why)
 }
 
 /// Forks a process that writes what `errand` says; it tells so in a report.

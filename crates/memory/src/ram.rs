@@ -5,6 +5,7 @@
 use std::fs::File;
 use std::io;
 use std::mem::ManuallyDrop;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -113,7 +114,8 @@ impl GuestRam {
 
     /// RAM from the memory files of a snapshot, mapped privately: `extents` say which bytes of which
     /// of `files` are where; the rest is zero. See [`FileBacked`]. The files need be open for reading
-    /// only, and may be closed afterwards.
+    /// only, and may be closed afterwards. `data` is where the extents have something, as offsets in RAM, ascending:
+    /// elsewhere they are holes that read as zeroes. It is what [`Self::backed`] tells.
     ///
     /// # Errors
     /// [`MemoryError::Size`]; those of [`FileBacked::new`].
@@ -121,8 +123,9 @@ impl GuestRam {
         mem_mib: u32,
         files: &[File],
         extents: &[FileExtent],
+        data: Vec<Range<u64>>,
     ) -> Result<Self, MemoryError> {
-        let backend = FileBacked::new(checked_len(mem_mib)?, files, extents)?;
+        let backend = FileBacked::new(checked_len(mem_mib)?, files, extents, data)?;
         Self::over(Box::new(backend), mem_mib)
     }
 
@@ -205,6 +208,15 @@ impl GuestRam {
     /// The memfd that RAM is in, or was copied from.
     pub fn memfd_region(&self) -> Option<&MemfdRegion> {
         self.backend.memfd()
+    }
+
+    /// The parts of RAM that may hold bytes of which this process's page tables do not tell: offsets from the start of
+    /// RAM (no guest-physical addresses), ascending. What is in none of them and was never touched here is zero.
+    ///
+    /// # Errors
+    /// The memfd that it is in cannot be asked.
+    pub fn backed(&self) -> io::Result<Vec<Range<u64>>> {
+        self.backend.backed()
     }
 
     /// The controls of RAM that is loaded as it is touched; `None` for any other.

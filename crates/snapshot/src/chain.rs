@@ -102,6 +102,8 @@ pub struct Loaded {
     pub state: Vec<u8>,
     /// RAM.
     pub memory: Resolved,
+    /// Where RAM has data, in bytes, sorted: the extents of `memory` without the holes of a flat file.
+    pub data: Vec<Range<u64>>,
     /// The disks' writable layers.
     pub disks: Vec<Resolved>,
     /// The tags of its parents, the nearest first.
@@ -230,7 +232,9 @@ impl Store {
         }
         let (memory, disks) = resolve_all(&layers, Grain::Mappings)?;
         let parents = layers[1..].iter().map(|layer| layer.manifest.tag.clone()).collect();
-        Ok(Loaded { manifest: layers[0].manifest.clone(), state, memory, disks, parents })
+        let data = resolve_memory(&layers, Grain::Data).extents.into_iter();
+        let data = data.map(|extent| extent.offset..extent.offset + extent.len).collect();
+        Ok(Loaded { manifest: layers[0].manifest.clone(), state, memory, data, disks, parents })
     }
 
     /// What there is to tell of a snapshot.
@@ -258,10 +262,17 @@ fn other_length(path: &Path, parent: &Path) -> SnapshotError {
     SnapshotError::damaged(path, format_args!("its length is not that of {}", parent.display()))
 }
 
+/// The smallest hole of a flat memory file that is not mapped with what is around it, in bytes: a transparent huge page
+/// fits into it.
+const LARGE_HOLE: u64 = 2 << 20;
+/// Most pieces into which large holes divide such a file, by a lower limit for them: each piece and each hole is one of
+/// the 65,530 mappings that a process may have (`vm.max_map_count`).
+const MOST_MAPPED: u64 = 4096;
+
 /// How fine extents are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Grain {
-    /// As few as can be: the zero pages of a flat memory file are part of its extents.
+    /// Few: the smaller holes of a flat memory file are part of its extents.
     Mappings,
     /// Data only.
     Data,
@@ -271,8 +282,7 @@ pub(crate) fn resolve_all(
     layers: &[Layer],
     grain: Grain,
 ) -> Result<(Resolved, Vec<Resolved>), SnapshotError> {
-    let memory = layers.iter().map(|layer| (&layer.memory, &layer.maps.memory));
-    let memory = resolve(memory, Under::Zero, grain);
+    let memory = resolve_memory(layers, grain);
     let mut disks = Vec::new();
     for (index, top) in layers[0].disks.iter().enumerate() {
         let mut stack: Vec<(&SourceFile, &PageMap)> = Vec::new();
@@ -295,6 +305,11 @@ pub(crate) fn resolve_all(
         disks.push(resolve(stack.into_iter(), Under::BaseImage, grain));
     }
     Ok((memory, disks))
+}
+
+fn resolve_memory(layers: &[Layer], grain: Grain) -> Resolved {
+    let memory = layers.iter().map(|layer| (&layer.memory, &layer.maps.memory));
+    resolve(memory, Under::Zero, grain)
 }
 
 /// What shows where no layer has anything.
@@ -323,11 +338,9 @@ fn resolve<'a>(
     for (index, (file, map)) in layers.enumerate() {
         resolved.len = map.len;
         resolved.files.push(file.clone());
-        let all = Run { first: 0, count: map.len / PAGE_SIZE, kind: Kind::Data };
         let joined = map.whole && under == Under::Zero && grain == Grain::Mappings;
-        pieces = match joined && all.count > 0 {
-            // Its holes read as zeroes, which is what they mean and what verification makes sure of.
-            true => underlay(pieces, &[all], index),
+        pieces = match joined {
+            true => underlay(pieces, &over_small_holes(map), index),
             false => underlay(pieces, &map.runs, index),
         };
         if map.whole {
@@ -348,6 +361,21 @@ fn resolve<'a>(
         }
     }
     resolved
+}
+
+/// The data of a flat memory file, joined over its smaller holes: those read as zeroes, which is what they mean and what
+/// verification makes sure of. Larger ones are left out. To touch a page of one would have the kernel read ahead:
+/// megabytes of zeroes into the page cache, where anonymous memory costs a page.
+fn over_small_holes(map: &PageMap) -> Vec<Run> {
+    let least = (LARGE_HOLE / PAGE_SIZE).max(map.len / PAGE_SIZE / MOST_MAPPED);
+    let mut joined: Vec<Run> = Vec::new();
+    for run in map.runs.iter().filter(|run| run.kind == Kind::Data) {
+        match joined.last_mut() {
+            Some(last) if run.first - last.end() < least => last.count = run.end() - last.first,
+            _ => joined.push(*run),
+        }
+    }
+    joined
 }
 
 /// Puts an older layer's runs where the newer pieces leave room.

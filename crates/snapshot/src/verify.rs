@@ -1,7 +1,7 @@
 //! Checks that files are what was written, in parallel, and remembers it.
 //!
 //! Every block is checked as it reads from the file: that pages which the layer does not hold read as
-//! zero is checked too, so that a flat memory file can be mapped in one piece.
+//! zero is checked too, so that a flat memory file can be mapped with its smaller holes.
 //!
 //! What was checked is noted in `verified.json` beside the files: the root, the boot of the host, and
 //! each file's inode, size and times. Any of them being different voids it, so after a boot the first

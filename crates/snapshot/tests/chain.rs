@@ -91,6 +91,16 @@ fn assert_tidy(resolved: &Resolved) {
     assert!(resolved.zeroes.windows(2).all(|pair| pair[0].end < pair[1].start));
 }
 
+/// Outside of what is told to be data, RAM is zero; within, some of it is not, or the telling would be of no use.
+fn assert_no_other_data(loaded: &Loaded, model: &[u8]) {
+    assert!(loaded.data.windows(2).all(|pair| pair[0].end <= pair[1].start), "sorted and apart");
+    for (page, bytes) in model.chunks(PAGE).enumerate() {
+        let at = (page * PAGE) as u64;
+        let told = loaded.data.iter().any(|range| range.contains(&at));
+        assert_eq!(told, bytes.iter().any(|byte| *byte != 0), "page {page}");
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(60))]
     #[test]
@@ -119,11 +129,13 @@ proptest! {
         let chain = store.load(&tag, Verification::Always).expect("load");
         assert_tidy(&chain.memory);
         assert_tidy(&chain.disks[0]);
+        assert_no_other_data(&chain, &model);
         prop_assert!(bytes_of(&chain.memory) == model);
         prop_assert_eq!(disk_of(&chain.disks[0]), disk.clone());
         store.compact(&tag).expect("compact");
         let flat = store.load(&tag, Verification::Always).expect("load");
         prop_assert_eq!(flat.parents.len(), 0);
+        assert_no_other_data(&flat, &model);
         prop_assert!(bytes_of(&flat.memory) == model);
         prop_assert_eq!(disk_of(&flat.disks[0]), disk);
         prop_assert_eq!(flat.state, chain.state);
@@ -162,4 +174,26 @@ fn a_diff_takes_the_room_of_what_is_dirty() {
     assert!(info.disk_bytes >= 8 << 20, "{} bytes", info.disk_bytes);
     assert!(info.memory_extents <= 2 * 2048 + 1, "{}", info.memory_extents);
     store.verify("diff").expect("verify");
+}
+
+/// Of 64 MiB: data, a hole of 2 MiB less a page, data, a hole of 2 MiB, data, and nothing up to the end.
+#[test]
+fn the_large_holes_of_a_flat_memory_file_are_not_mapped() {
+    const LARGE: u64 = 512;
+    let dir = temp();
+    let store = Store::open(dir.path()).expect("open");
+    let mut staged = store.stage("flat", None).expect("stage");
+    let writer = staged.memory(64 << 20).expect("memory");
+    let at = |page: u64| page * PAGE as u64;
+    let data = [3, 3 + LARGE, 4 + 2 * LARGE];
+    data.iter().for_each(|first| writer.write(at(*first), &page(9)).expect("write"));
+    staged.state(b"state").expect("state");
+    staged.commit(facts(64, Mode::Full)).expect("commit");
+    let loaded = store.load("flat", Verification::Always).expect("load");
+    let extents: Vec<_> = loaded.memory.extents.iter().map(|e| (e.offset, e.len)).collect();
+    assert_eq!(extents, [(at(3), at(1 + LARGE)), (at(data[2]), at(1))]);
+    assert_eq!(loaded.data, data.map(|first| at(first)..at(first + 1)));
+    let model: Vec<u8> =
+        (0..64 << 8).flat_map(|n| page(if data.contains(&n) { 9 } else { 0 })).collect();
+    assert!(bytes_of(&loaded.memory) == model);
 }

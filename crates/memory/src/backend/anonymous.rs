@@ -42,4 +42,8 @@ impl Backend for Anonymous {
     fn mapping(&self) -> &Mapping {
         &self.mapping
     }
+
+    fn backed(&self) -> std::io::Result<Vec<std::ops::Range<u64>>> {
+        Ok(Vec::new())
+    }
 }

@@ -14,6 +14,7 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
 use forkd_sys::mmap::Mapping;
@@ -28,16 +29,25 @@ use crate::MemoryError;
 pub struct FileBacked {
     mapping: Mapping,
     holes: Holes,
+    /// Where the files have something, as offsets in RAM, ascending.
+    data: Vec<Range<u64>>,
 }
 
 impl FileBacked {
-    /// Lays extents of files over `len` bytes of zeroes. The files may be closed afterwards.
+    /// Lays extents of files over `len` bytes of zeroes. The files may be closed afterwards. `data` is where they have
+    /// something: a file that is mapped in one piece may have holes, and to read those takes time and page cache.
     ///
     /// # Errors
     /// [`MemoryError::Extent`] for an extent that is not of whole pages, not within RAM or its file,
     /// or overlaps another, and for a file that cannot be mapped or read; [`MemoryError::Reserve`].
-    pub fn new(len: usize, files: &[File], extents: &[FileExtent]) -> Result<Self, MemoryError> {
-        Self::with_at_most(MAX_MAPPED, len, files, extents)
+    pub fn new(
+        len: usize,
+        files: &[File],
+        extents: &[FileExtent],
+        data: Vec<Range<u64>>,
+    ) -> Result<Self, MemoryError> {
+        let mapped = Self::with_at_most(MAX_MAPPED, len, files, extents)?;
+        Ok(Self { data, ..mapped })
     }
 
     fn with_at_most(
@@ -60,7 +70,7 @@ impl FileBacked {
                 fault(index, extent, files, ExtentFault::File { action: "read it", source })
             })?;
         }
-        Ok(Self { holes: Holes::new(&mapping), mapping })
+        Ok(Self { holes: Holes::new(&mapping), mapping, data: Vec::new() })
     }
 }
 
@@ -92,6 +102,10 @@ impl Backend for FileBacked {
 
     fn mapping(&self) -> &Mapping {
         &self.mapping
+    }
+
+    fn backed(&self) -> io::Result<Vec<Range<u64>>> {
+        Ok(self.data.clone())
     }
 
     fn discard(&self, offset: usize, len: usize) -> io::Result<()> {

@@ -34,7 +34,7 @@ fn maps_of(ram: &FileBacked) -> usize {
 fn neighbours_are_one_mapping() {
     let file = file_of(&pattern(64 * PAGE, 1));
     let extents: Vec<_> = (0..64).rev().map(|page| extent(page, 1, 0, page)).collect();
-    let ram = FileBacked::new(64 * PAGE, &[file], &extents).expect("RAM");
+    let ram = FileBacked::new(64 * PAGE, &[file], &extents, Vec::new()).expect("RAM");
     assert_eq!(maps_of(&ram), 1);
     assert_eq!(ram.mapping.address() % HUGE, 0, "aligned for huge pages");
     assert!(bytes_of(&ram) == pattern(64 * PAGE, 1));
@@ -57,7 +57,7 @@ fn of_very_many_extents_the_small_ones_are_read() {
         extents.push(extent(ram, pages, 0, at));
         model[ram * PAGE..][..pages * PAGE].copy_from_slice(&bytes[at * PAGE..][..pages * PAGE]);
     }
-    let ram = FileBacked::new(model.len(), &[file], &extents).expect("RAM");
+    let ram = FileBacked::new(model.len(), &[file], &extents, Vec::new()).expect("RAM");
     assert!(bytes_of(&ram) == model);
     let maps = maps_of(&ram);
     assert!((MAX_MAPPED..=2 * MAX_MAPPED + 1).contains(&maps), "{maps}");
@@ -67,7 +67,8 @@ fn of_very_many_extents_the_small_ones_are_read() {
 fn discards_beyond_the_allowance_still_read_as_zeroes() {
     let pages = 64;
     let file = file_of(&pattern(pages * PAGE, 3));
-    let mut ram = FileBacked::new(pages * PAGE, &[file], &[extent(0, pages, 0, 0)]).expect("RAM");
+    let mut ram =
+        FileBacked::new(pages * PAGE, &[file], &[extent(0, pages, 0, 0)], Vec::new()).expect("RAM");
     ram.holes = Holes::at_most(4, &ram.mapping);
     ram.mapping.write_at(PAGE * 20, &[9; PAGE]).expect("write");
     let mut model = pattern(pages * PAGE, 3);
@@ -94,7 +95,8 @@ fn discards_beyond_the_allowance_still_read_as_zeroes() {
 #[test]
 fn a_file_that_is_too_short_is_named() {
     let file = file_of(&pattern(8 * PAGE, 4));
-    let error = FileBacked::new(64 * PAGE, &[file], &[extent(0, 9, 0, 0)]).expect_err("too short");
+    let error = FileBacked::new(64 * PAGE, &[file], &[extent(0, 9, 0, 0)], Vec::new())
+        .expect_err("too short");
     assert!(error.to_string().contains("extent #0"), "{error}");
     assert!(error.to_string().contains("memory file #0 (/"), "{error}");
 }

@@ -15,6 +15,7 @@
 //! back by a discard but zeroed, as a hole would lose the page's reservation.
 
 use std::io;
+use std::ops::Range;
 
 use forkd_sys::memfd::{next_data, punch_hole};
 use forkd_sys::mmap::{Mapping, page_size};
@@ -33,6 +34,9 @@ pub enum Sharing {
     /// Writes stay in the process (`MAP_PRIVATE`).
     Private,
 }
+
+/// Most runs of data that are told apart.
+const MAX_RUNS: usize = 16_384;
 
 /// RAM in a memfd.
 #[derive(Debug)]
@@ -136,6 +140,26 @@ impl Backend for Memfd {
                 punch_hole(&self.region, offset as u64, len as u64)
             }
         }
+    }
+
+    fn backed(&self) -> io::Result<Vec<Range<u64>>> {
+        let len = self.mapping.len() as u64;
+        if self.region.has_huge_pages() {
+            // hugetlbfs does not tell data from holes.
+            return Ok(std::iter::once(0..len).collect());
+        }
+        let mut data = Vec::new();
+        let mut at = 0;
+        while let Some(run) = next_data(&self.region, at, len)? {
+            if data.len() == MAX_RUNS {
+                // To go on asking would take longer than to read what is asked about.
+                data.push(run.start..len);
+                break;
+            }
+            at = run.end;
+            data.push(run);
+        }
+        Ok(data)
     }
 
     fn memfd(&self) -> Option<&MemfdRegion> {

@@ -186,3 +186,33 @@ fn children_of_one_memfd_cost_one_copy() {
     let (least, most) = (LEN as u64 - MIB, LEN as u64 + CHILDREN as u64 * (MIB + MIB / 8));
     assert!((least..=most).contains(&total), "{total} is not within {least}..={most}");
 }
+
+#[test]
+fn what_the_memfd_has_is_told() {
+    let region = region("told", LEN);
+    for at in [PAGE, 3 * PAGE, 4 * PAGE, LEN - PAGE] {
+        region.file().write_all_at(&[1; PAGE], at as u64).expect("write");
+    }
+    let told = region.try_clone().expect("clone");
+    let pages = |range: Range<usize>| (range.start * PAGE) as u64..(range.end * PAGE) as u64;
+    let expected = [pages(1..2), pages(3..5), pages(LEN / PAGE - 1..LEN / PAGE)];
+    let ram = Memfd::new(LEN, region, Sharing::Private).expect("RAM");
+    ram.mapping.write_at(8 * PAGE, &[2; PAGE]).expect("write");
+    assert_eq!(ram.backed().expect("ranges"), expected, "not what is the process's own");
+    let ram = Memfd::new(LEN, told, Sharing::Shared).expect("RAM");
+    ram.mapping.write_at(8 * PAGE, &[2; PAGE]).expect("write");
+    assert_eq!(ram.backed().expect("ranges").len(), 4, "what is written is in the memfd");
+}
+
+#[test]
+fn of_very_many_runs_the_rest_is_one() {
+    let len = 2 * (MAX_RUNS + 8) * PAGE;
+    let region = region("runs", len);
+    for page in (0..len / PAGE).step_by(2) {
+        region.file().write_all_at(&[1], (page * PAGE) as u64).expect("write");
+    }
+    let ram = Memfd::new(len, region, Sharing::Shared).expect("RAM");
+    let told = ram.backed().expect("ranges");
+    assert_eq!(told.len(), MAX_RUNS + 1);
+    assert_eq!(told[MAX_RUNS], (2 * MAX_RUNS * PAGE) as u64..len as u64);
+}

@@ -15,6 +15,7 @@ mod tests;
 mod userfault;
 
 use std::io;
+use std::ops::Range;
 
 use forkd_sys::mmap::Mapping;
 
@@ -107,6 +108,15 @@ pub trait Backend: std::fmt::Debug + Send + Sync {
     /// `InvalidInput` for a range that is not within RAM; no memory is left; pages cannot be loaded.
     fn populate_write(&self, offset: usize, len: usize) -> io::Result<()> {
         self.mapping().populate_write(offset, len)
+    }
+
+    /// The parts of RAM, as offsets in ascending order, that may hold bytes of which this process's page tables do not
+    /// tell: what is in none of them, and was never touched here, is zero.
+    ///
+    /// # Errors
+    /// What RAM is in cannot be asked.
+    fn backed(&self) -> io::Result<Vec<Range<u64>>> {
+        Ok(std::iter::once(0..self.mapping().len() as u64).collect())
     }
 
     /// The memfd that RAM is in, or was copied from.

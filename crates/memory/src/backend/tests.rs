@@ -25,7 +25,7 @@ fn each(mem_mib: u32, fill: impl Fn(&File)) -> Vec<GuestRam> {
     copy_in(source.as_file(), &anonymous);
     let whole = FileExtent { ram_offset: 0, len, file: 0, file_offset: 0 };
     let file = source.reopen().expect("open");
-    let file = GuestRam::from_file(mem_mib, &[file], &[whole]).expect("RAM");
+    let file = GuestRam::from_file(mem_mib, &[file], &[whole], Vec::new()).expect("RAM");
     let lazily = || {
         let files = vec![source.reopen().expect("open")];
         let source = Box::new(FileSource::new(len, files, &[whole]).expect("a source"));
@@ -136,7 +136,7 @@ fn the_modes_that_are_offered_can_be_armed() {
     let file = tempfile::tempfile().expect("a file");
     file.set_len(MIB).expect("size");
     let piece = FileExtent { ram_offset: MIB, len: MIB, file: 0, file_offset: 0 };
-    all.push(GuestRam::from_file(4, &[file], &[piece]).expect("RAM"));
+    all.push(GuestRam::from_file(4, &[file], &[piece], Vec::new()).expect("RAM"));
     for ram in all {
         let name = ram.backend_name();
         let arm = |features| {

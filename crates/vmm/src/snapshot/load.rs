@@ -158,7 +158,7 @@ fn build(
     let origin = Origin { store, tag, root: manifest.root };
     let mut known = WorkingSet::default();
     let ram = match config.memory {
-        RestoredMemory::File => map_ram(memory, mem_mib),
+        RestoredMemory::File => map_ram(memory, loaded.data.clone(), mem_mib),
         RestoredMemory::MemfdShared => copy_ram(memory, mem_mib, &config.id),
         RestoredMemory::MemfdPrivate => share_ram(inherited, mem_mib),
         RestoredMemory::Userfault => {
@@ -200,8 +200,8 @@ fn check(loaded: &Loaded, host: &Host) -> Result<(), String> {
         .map_err(|found| found.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))
 }
 
-fn map_ram(memory: &Resolved, mem_mib: u32) -> Result<GuestRam, RamError> {
-    Ok(GuestRam::from_file(mem_mib, &files(memory)?, &extents(memory))?)
+fn map_ram(memory: &Resolved, data: Vec<Range<u64>>, mem_mib: u32) -> Result<GuestRam, RamError> {
+    Ok(GuestRam::from_file(mem_mib, &files(memory)?, &extents(memory), data)?)
 }
 
 /// The memfd that this process was started with.

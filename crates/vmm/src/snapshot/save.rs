@@ -1,18 +1,19 @@
 //! Writing a durable snapshot.
 
 use std::io;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use forkd_api::types::{ChildResult, ChildSpec, Timing, VmRecord};
 use forkd_devices::virtio::block::{Disk, ExtentKind};
-use forkd_memory::{GuestRam, MemoryBackend};
+use forkd_memory::GuestRam;
 use forkd_snapshot::{
     Facts, ImageRef, Manifest, Mode, PAGE_SIZE, PageWriter, Parent, Platform, SnapshotError,
     Staged, Store,
 };
 use forkd_state::StateError;
-use forkd_sys::pagemap::{Categories, Pagemap, Query};
+use forkd_sys::pagemap::{Categories, Pagemap, Pages, Query};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::state::encode;
@@ -225,55 +226,90 @@ pub(super) fn facts(machine: &Machine, source: &VmRecord, mode: Mode) -> Result<
     })
 }
 
-/// Writes RAM: regions lie one after the other in the file. What was never touched is skipped where that can be told;
-/// with `skip_base`, so are the pages that are still the base snapshot's, and so those of all diffs over it on the way
-/// here: those that are of its files. (A page that was written since is anonymous memory of this VM. It is given to the
-/// writer even if it is zero.) What is given and is the parent's all the same, the writer drops.
+/// Writes RAM: regions lie one after the other in the file. What was never touched is skipped where that can be told.
 fn write_ram(ram: &GuestRam, writer: &PageWriter, skip_base: bool) -> Result<(), SaveError> {
-    let none_of = if skip_base { Categories::FILE } else { Categories::ZERO };
-    let touched =
-        Query { any_of: Categories::PRESENT | Categories::SWAPPED, none_of, ..Query::default() };
-    let mut pagemap = match ram.kind() {
-        _ if skip_base => {
-            // Without it there is no telling what changed: no diff then.
-            Some(Pagemap::own().map_err(|e| SaveError::Ram { gpa: 0, why: e.to_string() })?)
-        }
-        MemoryBackend::Anonymous => Pagemap::own().ok(),
-        _ => None,
-    };
     let mut buffer = vec![0; PIECE as usize];
     let mut linear = 0;
-    for region in ram.regions() {
-        let host = region.host_addr..region.host_addr + region.len;
-        let mut ranges = Vec::new();
-        let scanned = pagemap.as_mut().is_some_and(|pagemap| {
-            pagemap.scan(host.clone(), touched, |pages| ranges.push(pages.range)).is_ok()
-        });
-        if !scanned && skip_base {
-            let why =
-                "this kernel cannot tell which pages changed (PAGEMAP_SCAN, Linux 6.7)".to_owned();
-            return Err(SaveError::Ram { gpa: region.gpa, why });
-        }
-        if !scanned {
-            // A kernel without PAGEMAP_SCAN: all of it is read.
-            ranges = vec![host.clone()];
-        }
+    for (region, ranges) in ram.regions().zip(to_write(ram, skip_base)?) {
         for range in ranges {
             let mut at = range.start;
             while at < range.end {
                 let len = PIECE.min(range.end - at) as usize;
-                let offset = at - host.start;
-                let gpa = region.gpa + offset;
+                let gpa = region.gpa + at;
                 ram.guest()
                     .read_slice(&mut buffer[..len], GuestAddress(gpa))
                     .map_err(|e| SaveError::Ram { gpa, why: e.to_string() })?;
-                writer.write(linear + offset, &buffer[..len])?;
+                writer.write(linear + at, &buffer[..len])?;
                 at += len as u64;
             }
         }
         linear += region.len;
     }
     Ok(())
+}
+
+/// Of each region what has to be written, as offsets in it: what was touched, and what files have for it.
+///
+/// With `skip_base` the pages that are still the base snapshot's are skipped, and so those of all diffs over it on the
+/// way here: those that are of its files. (A page that was written since is anonymous memory of this VM. It is given to
+/// the writer even if it is zero.) What is given and is the parent's all the same, the writer drops.
+fn to_write(ram: &GuestRam, skip_base: bool) -> Result<Vec<Vec<Range<u64>>>, SaveError> {
+    let none_of = if skip_base { Categories::FILE } else { Categories::ZERO };
+    let touched =
+        Query { any_of: Categories::PRESENT | Categories::SWAPPED, none_of, ..Query::default() };
+    let failed = |gpa, why: String| SaveError::Ram { gpa, why };
+    let mut pagemap = match Pagemap::own() {
+        // Without it there is no telling what changed: no diff then.
+        Err(error) if skip_base => return Err(failed(0, error.to_string())),
+        pagemap => pagemap.ok(),
+    };
+    let backed = match skip_base {
+        true => Vec::new(),
+        false => ram.backed().map_err(|e| failed(0, e.to_string()))?,
+    };
+    let mut linear = 0;
+    let mut all = Vec::new();
+    for region in ram.regions() {
+        let host = region.host_addr..region.host_addr + region.len;
+        let mut ranges = Vec::new();
+        let scanned = pagemap.as_mut().is_some_and(|pagemap| {
+            let each = |pages: Pages| {
+                ranges.push(pages.range.start - host.start..pages.range.end - host.start);
+            };
+            pagemap.scan(host.clone(), touched, each).is_ok()
+        });
+        if !scanned && skip_base {
+            let why = "this kernel cannot tell which pages changed (PAGEMAP_SCAN, Linux 6.7)";
+            return Err(failed(region.gpa, why.to_owned()));
+        }
+        let here = linear..linear + region.len;
+        if scanned {
+            let within = |part: &Range<u64>| {
+                let part = part.start.max(here.start)..part.end.min(here.end);
+                (!part.is_empty()).then(|| part.start - linear..part.end - linear)
+            };
+            ranges.extend(backed.iter().filter_map(within));
+        } else {
+            // A kernel without PAGEMAP_SCAN: all of it is read.
+            ranges = std::iter::once(0..region.len).collect();
+        }
+        all.push(union(ranges));
+        linear = here.end;
+    }
+    Ok(all)
+}
+
+/// The same bytes in ranges that are ascending and do not touch each other.
+fn union(mut ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
+    ranges.sort_unstable_by_key(|range| range.start);
+    let mut joined: Vec<Range<u64>> = Vec::new();
+    for range in ranges {
+        match joined.last_mut() {
+            Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
+            _ => joined.push(range),
+        }
+    }
+    joined
 }
 
 /// Writes the layer of disk `index`.
@@ -295,4 +331,79 @@ fn write_disk(index: usize, disk: &Disk, writer: &PageWriter) -> Result<(), Save
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use forkd_memory::memfd::{MemfdOptions, create_empty};
+    use forkd_memory::{AnonOptions, FileExtent, Sharing};
+
+    const MIB: usize = 4;
+    const LEN: u64 = (MIB as u64) << 20;
+
+    fn write(ram: &GuestRam, page: u64) {
+        ram.guest().write_slice(&[7; 4096], GuestAddress(page * PAGE_SIZE)).expect("within RAM");
+    }
+
+    /// The pages of one region that have to be written.
+    fn pages(ram: &GuestRam, skip_base: bool) -> Vec<Range<u64>> {
+        let mut all = to_write(ram, skip_base).expect("ranges");
+        assert_eq!(all.len(), 1);
+        let ranges = all.remove(0).into_iter();
+        ranges.map(|range| range.start / PAGE_SIZE..range.end / PAGE_SIZE).collect()
+    }
+
+    fn covers(ranges: &[Range<u64>], page: u64) -> bool {
+        ranges.iter().any(|range| range.contains(&page))
+    }
+
+    fn written(ranges: &[Range<u64>]) -> u64 {
+        ranges.iter().map(|range| range.end - range.start).sum()
+    }
+
+    /// Small pages, so that what is beside a page is not present with it.
+    #[test]
+    fn of_anonymous_ram_what_was_touched() {
+        let options = AnonOptions { thp: false };
+        let ram = GuestRam::anonymous(MIB as u32, options).expect("RAM");
+        [3, 4, 700].into_iter().for_each(|page| write(&ram, page));
+        assert_eq!(pages(&ram, false), [3..5, 700..701]);
+    }
+
+    #[test]
+    fn of_files_what_they_have_and_what_was_touched() {
+        let file = tempfile::tempfile().expect("a file");
+        file.set_len(LEN).expect("size");
+        let at = |page: u64| page * PAGE_SIZE;
+        // Mapped in one piece; there are holes in it.
+        let extent = FileExtent { ram_offset: 0, len: LEN, file: 0, file_offset: 0 };
+        let data = vec![at(16)..at(20), at(20)..at(24)];
+        let ram = GuestRam::from_file(MIB as u32, &[file], &[extent], data).expect("RAM");
+        [17, 100].into_iter().for_each(|page| write(&ram, page));
+        assert_eq!(pages(&ram, false), [16..24, 100..101]);
+        // A diff over those files.
+        assert_eq!(pages(&ram, true), [17..18, 100..101]);
+    }
+
+    #[test]
+    fn of_memfds_what_they_have_and_what_was_touched() {
+        for sharing in [Sharing::Shared, Sharing::Private] {
+            let region = create_empty(LEN, "to-write", &MemfdOptions::default()).expect("a memfd");
+            let before = region.try_clone().expect("clone");
+            std::os::unix::fs::FileExt::write_all_at(before.file(), &[1], 5 * PAGE_SIZE)
+                .expect("write");
+            let ram = GuestRam::memfd(MIB as u32, region, sharing).expect("RAM");
+            write(&ram, 600);
+            let ranges = pages(&ram, false);
+            assert!(covers(&ranges, 5) && covers(&ranges, 600), "{sharing:?}: {ranges:?}");
+            assert!(written(&ranges) < LEN / PAGE_SIZE / 2, "{sharing:?}: {ranges:?}");
+        }
+    }
+
+    #[test]
+    fn ranges_are_joined() {
+        assert_eq!(union(vec![8..9, 0..2, 1..4, 4..5, 0..1]), [0..5, 8..9]);
+        assert!(union(Vec::new()).is_empty());
+    }
 }

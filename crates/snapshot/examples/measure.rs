@@ -28,6 +28,7 @@ fn facts() -> Facts {
         vcpus: 1,
         mem_mib: RAM_MIB as u64,
         mode: Mode::Full,
+        instant: None,
     }
 }
 

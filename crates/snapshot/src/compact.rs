@@ -82,6 +82,7 @@ fn facts_of(manifest: &Manifest) -> Facts {
         vcpus: manifest.vcpus,
         mem_mib: manifest.mem_mib,
         mode: manifest.mode,
+        instant: manifest.instant,
     }
 }
 

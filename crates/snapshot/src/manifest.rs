@@ -204,6 +204,8 @@ pub struct Facts {
     pub mem_mib: u64,
     /// How it was taken.
     pub mode: Mode,
+    /// Names the instant, if a zygote was forked off then: random, drawn by the VM that it was forked off.
+    pub instant: Option<Digest>,
 }
 
 impl Facts {
@@ -244,6 +246,9 @@ pub struct Manifest {
     pub parent: Option<Parent>,
     /// The root of the diff that this one is the compacted form of: children that name that are its.
     pub replaces: Option<Digest>,
+    /// Names the instant, if a zygote was forked off then and became this: by it the VM knows its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub instant: Option<Digest>,
     /// vCPU and device state.
     pub state: SmallFile,
     /// Which pages the layer holds.

@@ -27,6 +27,7 @@ fn manifest() -> Manifest {
         mode: Mode::Diff,
         parent: Some(Parent { tag: "base".into(), root: Digest::of(b"base") }),
         replaces: None,
+        instant: None,
         state: small.clone(),
         extents: small,
         memory: PagedFile { bytes: 1 << 20, data_bytes: 4096, whole: false },

@@ -317,6 +317,7 @@ impl Staged {
             mode: facts.mode,
             parent: self.parent.clone(),
             replaces,
+            instant: facts.instant,
             state,
             extents,
             memory: paged(&maps.memory),

@@ -4,11 +4,13 @@ use std::io;
 
 use forkd_api::server::RequestId;
 use forkd_api::types::ChildSpec;
+use forkd_snapshot::Digest;
 
 use crate::collapsing::{Before, Then};
 use crate::control::Flow;
 use crate::fork::offspring::AnswerAs;
 use crate::fork::{Destiny, Forked, PauseClock, crowd_of, fork_all, report_pipes};
+use crate::machine::past::Forebear;
 use crate::pause::{Limit, SHORTER_THAN_FORK};
 use crate::requests::Refusal;
 use crate::running::Running;
@@ -70,6 +72,16 @@ impl Running {
             Destiny::Vm => AnswerAs::Fork,
             Destiny::Zygote | Destiny::Writer(_) => AnswerAs::Zygote,
         };
+        if let (Destiny::Zygote, [spec]) = (&destiny, specs.as_slice()) {
+            // Before the fork, so that the zygote and its children know it, too.
+            let mut instant = [0; 32];
+            if let Err(error) = forkd_sys::random::fill(&mut instant) {
+                let why = format!("no random numbers to name the instant by: {error}");
+                return Ok(Err(Refusal::new(500, why)));
+            }
+            let (tag, instant) = (spec.id.clone(), Digest(instant));
+            self.machine.past_mut().add(Forebear::Zygote { tag, instant });
+        }
         let pipes = report_pipes(specs.len());
         let crowd = crowd_of(specs.len(), self.machine.waking_limit());
         let mut clock = PauseClock::start();

@@ -33,8 +33,8 @@ pub struct Args {
     #[arg(long, value_name = "TAG", conflicts_with_all = ["count", "name"])]
     snapshot: Option<String>,
     /// How the snapshot is taken: `fork` forks it off, and it writes itself while it can be forked already; `diff` forks
-    /// a process that writes only what changed since the durable snapshot that the VM was forked from; `live`
-    /// write-protects memory and copies it while the VM runs (for VMs of `forkd fork --memory memfd-shared`);
+    /// a process that writes only what changed since the last durable snapshot of the VM, or of what it was forked from;
+    /// `live` write-protects memory and copies it while the VM runs (for VMs of `forkd fork --memory memfd-shared`);
     /// `full` keeps the VM paused while all of its memory is copied
     #[arg(long, value_name = "MODE", default_value = "fork", requires = "snapshot")]
     mode: BranchMode,

@@ -14,6 +14,7 @@ use crate::vm::Vm;
 pub const TESTS: &[Test] = tests!["diffs":
     a_chain_of_eight_is_the_flat_one 240,
     any_durable_snapshot_of_a_vm_can_have_diffs 120,
+    so_can_one_that_was_forked_off_and_saved_later 120,
     a_parent_that_is_gone_is_not_needed 60,
 ];
 
@@ -128,6 +129,44 @@ fn any_durable_snapshot_of_a_vm_can_have_diffs(suite: &Suite) -> Result<()> {
     suite.forkd(["snapshot", "rm", "branched"]).ok()?;
     suite.forkd(["snapshot", "rm", "part"]).ok()?;
     suite.forkd(["snapshot", "rm", "whole"]).ok().map(drop)
+}
+
+/// Nobody tells a VM that what was forked off it has become durable: it finds out. Nor its children, nor the zygote's.
+fn so_can_one_that_was_forked_off_and_saved_later(suite: &Suite) -> Result<()> {
+    let vm = suite.fork_one()?;
+    let before = vm.branch_one()?;
+    // Whoever was forked of it before it is saved, is of the same past.
+    suite.save(WARM)?;
+    take(suite, &before, "of-warm", "diff")?;
+    ensure!(parent(suite, "of-warm")?.as_deref() == Some(WARM), "a branch of a child of it");
+    vm.run("level.append('whole')")?;
+    take(suite, &vm, "whole", "fork")?;
+    let sibling = suite.fork_of("whole", 1)?.remove(0);
+    for (vm, tag) in [(&vm, "source"), (&sibling, "sibling")] {
+        vm.run(&format!("level.append('{tag}')"))?;
+        take(suite, vm, tag, "diff")?;
+        ensure!(parent(suite, tag)?.as_deref() == Some("whole"), "{tag} is over it");
+        ensure!(on_disk(suite, tag)? < on_disk(suite, "whole")? / 4, "{tag} is a whole one");
+    }
+    // Compacted or not, it is that instant; under its tag another one is not.
+    suite.kill_all()?;
+    for tag in ["source", "sibling"] {
+        let vm = suite.fork_of(tag, 1)?.remove(0);
+        let level = vm.value("level")?;
+        ensure!(level == format!("['warm', 'whole', '{tag}']"), "{tag}: {level}");
+        vm.kill()?;
+        suite.forkd(["snapshot", "rm", tag]).ok()?;
+    }
+    suite.forkd(["snapshot", "rm", "of-warm"]).ok()?;
+    suite.forkd(["snapshot", "rm", "whole"]).ok()?;
+    let (first, other) = (suite.fork_one()?, suite.fork_one()?);
+    take(suite, &first, "taken", "fork")?;
+    suite.forkd(["snapshot", "rm", "taken"]).ok()?;
+    take(suite, &other, "taken", "fork")?;
+    take(suite, &first, "after", "diff")?;
+    ensure!(parent(suite, "after")?.as_deref() == Some(WARM), "another has its tag now");
+    suite.forkd(["snapshot", "rm", "after"]).ok()?;
+    suite.forkd(["snapshot", "rm", "taken"]).ok().map(drop)
 }
 
 /// The last diff was removed, or is another now: then the next is over what the VM was loaded from.

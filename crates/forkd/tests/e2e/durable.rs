@@ -105,6 +105,7 @@ fn facts(mode: Mode) -> Facts {
         vcpus: 1,
         mem_mib: MEM_MIB,
         mode,
+        instant: None,
     }
 }
 

@@ -12,8 +12,8 @@ use crate::runner::{Test, tests};
 use crate::vm::Vm;
 
 pub const TESTS: &[Test] = tests!["matrix":
-    with_one_vcpu 900,
-    with_two_vcpus 1200,
+    with_one_vcpu 3600,
+    with_two_vcpus 3600,
     of_4_gib_with_one_vcpu 7200,
     of_4_gib_with_two_vcpus 7200,
 ];

@@ -39,6 +39,7 @@ pub fn facts(mem_mib: u64, mode: Mode) -> Facts {
         vcpus: 1,
         mem_mib,
         mode,
+        instant: None,
     }
 }
 

@@ -7,6 +7,7 @@
 pub mod config;
 pub mod engine;
 mod parts;
+pub mod past;
 pub mod saved;
 mod wiring;
 
@@ -41,6 +42,7 @@ use crate::process::VmmError;
 use crate::run_dir::RunDir;
 use engine::Engine;
 use parts::{Root, Slots, Slotted, open_disk};
+use past::{Forebear, Past};
 use wiring::Wiring;
 
 /// Bytes of serial console that a VM keeps on disk; older output makes room for newer.
@@ -124,9 +126,6 @@ impl ExitBus for Buses {
     }
 }
 
-/// So many durable snapshots of a machine are known to it: others may be removed meanwhile.
-const MAX_KEPT: usize = 16;
-
 /// The machine.
 pub struct Machine {
     host: Host,
@@ -145,8 +144,7 @@ pub struct Machine {
     /// The disks.
     blocks: Vec<Arc<MmioTransport<Block>>>,
     blueprint: Blueprint,
-    /// Durable snapshots of this machine, the last first, and at the end the first.
-    kept: Vec<Parent>,
+    past: Past,
 }
 
 /// What a machine is built to, besides its RAM.
@@ -257,7 +255,7 @@ impl Machine {
             disks,
             blocks,
             blueprint,
-            kept: Vec::new(),
+            past: Past::default(),
         })
     }
 
@@ -278,21 +276,23 @@ impl Machine {
 
     /// A durable snapshot of this machine has been written.
     pub fn set_latest(&mut self, snapshot: Parent) {
-        self.kept.insert(0, snapshot);
-        if self.kept.len() > MAX_KEPT {
-            // The first is what it was loaded from, if it was: that stays longest.
-            self.kept.remove(MAX_KEPT - 1);
-        }
+        self.past.add(Forebear::Snapshot(snapshot));
     }
 
-    /// These of its snapshots are not there any more. What it was started from stays named.
-    pub fn forget(&mut self, gone: &[Parent]) {
-        self.kept.retain(|kept| !gone.contains(kept));
+    /// Its earlier states of which there are durable snapshots, or may be.
+    pub fn past(&self) -> &Past {
+        &self.past
+    }
+
+    /// The same, to add to it or to forget what is gone. What the machine was started from stays named.
+    pub fn past_mut(&mut self) -> &mut Past {
+        &mut self.past
     }
 
     /// What a diff can be over, the best first. No page that was written since one of them is one of the base's own.
-    pub fn forebears(&self) -> impl Iterator<Item = &Parent> {
-        self.kept.iter().chain(&self.blueprint.base)
+    pub fn forebears(&self) -> Vec<Forebear> {
+        let base = self.blueprint.base.clone().map(Forebear::Snapshot);
+        self.past.iter().cloned().chain(base).collect()
     }
 
     /// Fds of the disks' base images.

@@ -19,6 +19,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::state::encode;
 use crate::fork::{Delivered, Destiny, Forked, Quiesced, SavedKvm, fork_all, report_pipes};
 use crate::machine::Machine;
+use crate::machine::past::Forebear;
 use crate::machine::saved::Disks;
 use crate::process::report;
 
@@ -78,13 +79,31 @@ pub fn stage(store: &Path, tag: &str) -> Result<Staged, SnapshotError> {
 /// One line: there is no such snapshot, or not that one any more; the tag is taken, or the store can't be used.
 pub fn stage_diff(machine: &mut Machine, store: &Path, tag: &str) -> Result<Staged, String> {
     let store = Store::open(store).map_err(|e| e.to_string())?;
-    let mut why = "a diff needs a durable snapshot of this VM, or one that it was loaded from: take mode full or live \
-                   first, or fork it from one that was loaded"
+    let mut why = "a diff needs a durable snapshot of this VM: take one first, or fork it from one"
         .to_owned();
     let mut gone = Vec::new();
     let mut staged = None;
-    for parent in machine.forebears() {
-        match store.stage_over(tag, parent) {
+    for forebear in machine.forebears() {
+        let parent = match &forebear {
+            Forebear::Snapshot(parent) => parent.clone(),
+            Forebear::Zygote { tag, instant } => match store.get(tag) {
+                Ok(snapshot) if snapshot.manifest().instant == Some(*instant) => {
+                    Parent { tag: tag.clone(), root: snapshot.manifest().root }
+                }
+                // Another one has its tag now.
+                Ok(_) => {
+                    gone.push(forebear);
+                    continue;
+                }
+                // It may be saved later.
+                Err(SnapshotError::NotFound(_)) => continue,
+                Err(error) => {
+                    why = error.to_string();
+                    continue;
+                }
+            },
+        };
+        match store.stage_over(tag, &parent) {
             Ok(over) => {
                 staged = Some(over);
                 break;
@@ -96,13 +115,13 @@ pub fn stage_diff(machine: &mut Machine, store: &Path, tag: &str) -> Result<Stag
                 error @ (SnapshotError::ParentMissing { .. } | SnapshotError::ParentChanged { .. }),
             ) => {
                 why = format!("{error}; take mode fork");
-                gone.push(parent.clone());
+                gone.push(forebear);
             }
             Err(error) => return Err(error.to_string()),
         }
     }
     // What was removed does not come back: it need not be looked for the next time.
-    machine.forget(&gone);
+    machine.past_mut().forget(&gone);
     staged.ok_or(why)
 }
 
@@ -223,6 +242,8 @@ pub(super) fn facts(machine: &Machine, source: &VmRecord, mode: Mode) -> Result<
         vcpus: u32::from(source.vcpus),
         mem_mib: u64::from(source.mem_mib),
         mode,
+        // In this mode the source is the zygote, whose id is its tag.
+        instant: (mode == Mode::Fork).then(|| machine.past().instant_of(&source.id)).flatten(),
     })
 }
 

@@ -229,6 +229,7 @@ pub(super) mod tests {
             vcpus: 1,
             mem_mib: 4,
             mode: if parent.is_some() { Mode::Diff } else { Mode::Fork },
+            instant: None,
         };
         staged.commit(facts).unwrap();
     }

@@ -542,3 +542,19 @@ fn what_is_beside_a_snapshot_is_no_part_of_it() {
     let another = store.beside("warm", root, write);
     assert!(matches!(another, Err(SnapshotError::NotFound(_))), "another of the same tag");
 }
+
+/// It names an instant of a VM, which has the same bytes in one layer or in many.
+#[test]
+fn a_compacted_snapshot_is_of_the_same_instant() {
+    let (_dir, store) = setup();
+    put(&store, "base", None, 1, &pages([(0, 1)]), &pages([])).expect("base");
+    let instant = Some(Digest([7; 32]));
+    let mut staged = store.stage("diff", Some("base")).expect("stage");
+    fill(&mut staged, 1, &pages([(1, 2)]), &pages([])).expect("fill");
+    staged.commit(Facts { instant, ..facts(1, Mode::Fork) }).expect("commit");
+    assert_eq!(store.get("diff").expect("get").manifest().instant, instant);
+    store.compact("diff").expect("compact");
+    let flat = store.get("diff").expect("get");
+    assert_eq!((flat.manifest().parent.is_none(), flat.manifest().instant), (true, instant));
+    assert_eq!(store.get("base").expect("get").manifest().instant, None);
+}

@@ -5,9 +5,8 @@ use std::time::Duration;
 
 use forkd_api::server::RequestId;
 use forkd_api::types::{SnapshotMode, SnapshotReceipt, SnapshotRequest, SourcePause};
-use forkd_memory::MemoryBackend;
 use forkd_memory::capture::{Ahead, PreArm};
-use forkd_snapshot::{Mode, PAGE_SIZE, Staged};
+use forkd_snapshot::{Mode, Staged};
 use forkd_sys::clock::monotonic_ns;
 use forkd_sys::reactor::Interest;
 
@@ -83,7 +82,7 @@ impl Running {
         requested_ns: u64,
     ) -> io::Result<Result<(), Refusal>> {
         let limit = Limit::from_us(request.max_pause_us);
-        let work = Work::Copy { bytes: self.bytes_to_copy() };
+        let work = Work::Copy { bytes: snapshot::bytes_to_fill(&self.machine) };
         let patience = match limit.check(&self.costs.expect(work), SHORTER_THAN_FULL) {
             Ok(patience) => patience,
             Err(refusal) => return Ok(Err(refusal)),
@@ -332,16 +331,6 @@ impl Running {
         }
         self.capture = Some(capturing);
         Ok(Ok(()))
-    }
-
-    /// Bytes of RAM that mode `full` reads: those in use where that can be told, as [`snapshot::fill`] has it.
-    fn bytes_to_copy(&self) -> u64 {
-        let ram = self.machine.ram();
-        let all = u64::from(ram.mem_mib()) << 20;
-        match ram.kind() {
-            MemoryBackend::Anonymous => all.min(Resident::now().anonymous * PAGE_SIZE),
-            _ => all,
-        }
     }
 
     /// The writer of a live snapshot has ended.

@@ -21,7 +21,8 @@ use forkd_vm::host::Flavour;
 
 pub use load::{memory_of, restore};
 pub use save::{
-    Errand, SaveError, WRITE_TIMEOUT, fill, finish, fork_writer, run_writer, stage, stage_diff,
+    Errand, SaveError, WRITE_TIMEOUT, bytes_to_fill, fill, finish, fork_writer, run_writer, stage,
+    stage_diff,
 };
 pub use state::{MachineState, SavedVm, encode};
 

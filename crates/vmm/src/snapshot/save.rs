@@ -214,6 +214,15 @@ pub fn fill(
     write_disks(&machine.disks(), staged)
 }
 
+/// Bytes of RAM that [`fill`] would read for a flat snapshot, if the VM stood still now; all, if that cannot be told.
+pub fn bytes_to_fill(machine: &Machine) -> u64 {
+    let ram = machine.ram();
+    let bytes = |ranges: Vec<Vec<Range<u64>>>| -> u64 {
+        ranges.iter().flatten().map(|range| range.end - range.start).sum()
+    };
+    to_write(ram, false).map_or(u64::from(ram.mem_mib()) << 20, bytes)
+}
+
 /// Writes the layers of all disks.
 pub(super) fn write_disks(disks: &Disks, staged: &mut Staged) -> Result<(), SaveError> {
     let mut index = 0;

@@ -93,10 +93,7 @@ impl Running {
             Forked::Child(birth) => return Ok(Ok(Flow::Child(birth))),
             Forked::Source(delivered, _) => delivered,
         };
-        clock.forked();
-        self.go_on();
-        let pause = before.tell(clock.stop(limit));
-        self.costs.learn(work, &pause);
+        let pause = before.tell(self.end_pause(clock, limit, work));
         let offspring = &mut self.control.offspring;
         let batch = offspring.open_batch(Some(request), form, delivered.len(), None);
         offspring.set_source_pause(batch, pause);

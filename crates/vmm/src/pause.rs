@@ -276,6 +276,20 @@ impl Costs {
 }
 
 impl Running {
+    /// The fork or copy is done: the VM goes on. What the pause took, which estimates learn from.
+    pub(crate) fn end_pause(
+        &mut self,
+        mut clock: PauseClock,
+        limit: Limit,
+        work: Work,
+    ) -> SourcePause {
+        clock.forked();
+        self.go_on();
+        let pause = clock.stop(limit);
+        self.costs.learn(work, &pause);
+        pause
+    }
+
     /// Quiesces the VM; vCPUs have so long to park. If that fails it goes on, and the refusal says that it cannot be
     /// `done` now.
     pub(crate) fn pause(

@@ -98,10 +98,7 @@ impl Running {
         };
         let (machine, record) = (&self.machine, &self.record);
         let filled = snapshot::fill(machine, quiesced.saved(), record, &mut staged);
-        clock.forked();
-        self.go_on();
-        let source = clock.stop(limit);
-        self.costs.learn(work, &source);
+        let source = self.end_pause(clock, limit, work);
         let (machine, record) = (&self.machine, &self.record);
         match snapshot::finish(machine, record, staged, Mode::Full, filled) {
             Ok(written) => self.machine.set_latest(written),
@@ -146,10 +143,7 @@ impl Running {
             Forked::Child(birth) => return Ok(Ok(Flow::Child(birth))),
             Forked::Source(delivered, _) => delivered,
         };
-        clock.forked();
-        self.go_on();
-        let pause = before.tell(clock.stop(limit));
-        self.costs.learn(work, &pause);
+        let pause = before.tell(self.end_pause(clock, limit, work));
         let offspring = &mut self.control.offspring;
         let to = request.wait.then_some(id);
         let batch = offspring.open_batch(to, AnswerAs::Receipt, 1, Some(WRITE_TIMEOUT));

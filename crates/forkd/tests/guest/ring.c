@@ -165,8 +165,6 @@ static int serve(const char *file, const char *disk, uint64_t writers) {
     make(expected, 0, 0, MEMORY_RECORD);
     for (unsigned i = 0; i < writers; i++)
         all[i] = (struct writer){.ring = rings + i, .number = i, .fd = open_disk(disk), .block = disk_buffer(DISK_RECORD)};
-    /* They take all that is left of the guest's CPUs, but who asks how they are gets an answer at once. */
-    if (nice(19) == -1) die("nice");
     /* The last to begin has the least to show. */
     into_background(&rings[writers - 1].head);
     for (unsigned i = 1; i < writers; i++) {

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 use std::time::Instant;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use serde::Serialize;
 
 use crate::cli::OutputArgs;
@@ -42,7 +42,12 @@ impl Args {
     /// There is no such live snapshot, it is durable already, or writing failed.
     pub fn run(self, paths: &Paths) -> Result<ExitCode> {
         cleanup::watch_signals().context("cannot watch signals")?;
-        let live = registry::snapshot(paths, &self.tag)?;
+        let live = match registry::snapshot(paths, &self.tag) {
+            Err(_) if persist::is_durable(paths, &self.tag)? => {
+                bail!("snapshot {} is on the disk already, and not in memory", self.tag)
+            }
+            live => live?,
+        };
         let begun = Instant::now();
         persist::save(paths, &live, !self.no_wait)?;
         let status = if self.no_wait { "writing" } else { "durable" };

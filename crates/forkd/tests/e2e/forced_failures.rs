@@ -252,10 +252,14 @@ impl<'s> Subject<'s> {
             info.phase,
             info.error
         );
-        let head: u64 = self.vm.guest(&["ring", "head", "/tmp/ring"])?.parse()?;
-        ensure!(head > self.head, "the ring's writer stands still at {head}");
-        self.head = head;
         let until = Instant::now() + SETTLED;
+        // It may not have had a turn since it was asked the last time: that is a fraction of a second, as turns are.
+        let (before, head) = (self.head, std::cell::Cell::new(0));
+        eventually(until, "the ring's writer goes on", || {
+            head.set(self.vm.guest(&["ring", "head", "/tmp/ring"])?.parse()?);
+            Ok(head.get() > before)
+        })?;
+        self.head = head.get();
         eventually(until, "the VM has no child, not even a dead one", || self.is_alone())?;
         eventually(until, "RAM is not write-protected", || {
             let smaps = fs::read_to_string(format!("/proc/{}/smaps", self.vm.pid))?;

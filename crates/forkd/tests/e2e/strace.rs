@@ -19,7 +19,7 @@ pub struct Call {
     pub name: String,
     /// The how-many-th of that name it is since strace is there, from 1 on.
     pub nth: usize,
-    /// What it works on: a request of ioctl(2), or a file.
+    /// What it works on: a request of ioctl(2) or epoll_ctl(2), or a file.
     pub on: String,
 }
 
@@ -86,7 +86,7 @@ pub fn call_of(line: &str, tag: &str) -> Option<Call> {
     let gives = ["pipe2", "pidfd_open", "userfaultfd", "getrandom", "memfd_create"].contains(&name);
     let arguments =
         if gives { "" } else { arguments.rsplit_once(" = ").map_or(arguments, |(a, _)| a) };
-    let on = if name == "ioctl" {
+    let on = if name == "ioctl" || name == "epoll_ctl" {
         arguments.split([',', ')']).nth(1).unwrap_or_default().trim().to_string()
     } else {
         let path = arguments.split_once("\"/").or_else(|| arguments.split_once('<'));

@@ -149,7 +149,6 @@ pub fn durable_with_root(paths: &Paths, tag: &str) -> Result<PathBuf> {
     root_image(paths, tag, &snapshot.manifest().image)
 }
 
-/// The durable snapshot of a tag. Without a store there is none; the outer error is that of one that can't be opened.
 /// Whether there is a complete durable snapshot of a tag.
 ///
 /// # Errors
@@ -158,6 +157,7 @@ pub fn is_durable(paths: &Paths, tag: &str) -> Result<bool> {
     Ok(on_disk(paths, tag)?.is_ok())
 }
 
+/// The durable snapshot of a tag. Without a store there is none; the outer error is that of one that can't be opened.
 fn on_disk(paths: &Paths, tag: &str) -> Result<Result<Snapshot, SnapshotError>> {
     Ok(match durable::existing(paths)? {
         Some(store) => store.get(tag),

@@ -154,7 +154,7 @@ impl<'s> Subject<'s> {
     }
 
     fn store(&self) -> Result<Store> {
-        Ok(Store::open(&self.suite.home().join("snapshots"))?)
+        Ok(Store::open(&self.suite.store())?)
     }
 
     fn set_paused(&self, paused: bool) -> Result<()> {
@@ -466,7 +466,7 @@ struct SmallDisk(PathBuf);
 
 impl SmallDisk {
     fn new(suite: &Suite) -> Result<Self> {
-        let (store, aside) = (suite.home().join("snapshots"), suite.scratch("small")?);
+        let (store, aside) = (suite.store(), suite.scratch("small")?);
         let used = forkd_snapshot::disk_bytes(&store.join(WARM))?;
         let size = CString::new(format!("size={}", used + ROOM))?;
         mount("none", &aside, "tmpfs", MountFlags::empty(), Some(size.as_c_str()))
@@ -557,7 +557,7 @@ fn a_tag_that_is_taken_meanwhile(suite: &Suite) -> Result<()> {
     let calls = subject.record()?;
     let publish = calls.iter().find(|call| call.name == "renameat2").context("it is published")?;
     let tag = subject.next_tag();
-    let taken = suite.home().join("snapshots").join(&tag);
+    let taken = suite.store().join(&tag);
     let said = meanwhile(&mut subject, publish, &tag, |subject| {
         let written = || {
             let dir = taken.parent().context("a store")?;

@@ -132,7 +132,7 @@ fn diffs_of_diffs_verify(suite: &Suite) -> Result<()> {
         println!("    paused for {} us", said["receipt"]["source"]["pause_us"]);
         source.guest(&["ring", "verify", "/tmp/ring"]).context("the source")?;
         suite.kill_all()?;
-        let on_disk = std::fs::metadata(suite.home().join("snapshots").join(&tag).join("memory"))?;
+        let on_disk = std::fs::metadata(suite.store().join(&tag).join("memory"))?;
         let on_disk = std::os::unix::fs::MetadataExt::blocks(&on_disk) * 512;
         println!("    {tag} has {} KiB of RAM on disk", on_disk >> 10);
         ensure!(on_disk < 32 << 20, "a diff of {on_disk} bytes");
@@ -177,8 +177,8 @@ fn what_cannot_be_saved_is_named(suite: &Suite) -> Result<()> {
     ensure!(source.value("1 + 1")? == "2", "the source does not go on");
     // A snapshot whose RAM is damaged is not run.
     kill_zygote(suite, "twice")?;
-    let memory = suite.home().join("snapshots/twice/memory");
-    let state = suite.home().join("snapshots/twice/state");
+    let memory = suite.store().join("twice/memory");
+    let state = suite.store().join("twice/state");
     let mut bytes = std::fs::read(&state)?;
     bytes[100] ^= 1;
     std::fs::write(&state, &bytes)?;

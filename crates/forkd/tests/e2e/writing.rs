@@ -53,7 +53,7 @@ fn source<'s>(suite: &'s Suite, mode: &str) -> Result<Vm<'s>> {
 }
 
 fn store(suite: &Suite) -> Result<Store> {
-    Ok(Store::open(&suite.home().join("snapshots"))?)
+    Ok(Store::open(&suite.store())?)
 }
 
 fn status(suite: &Suite, tag: &str) -> Result<Option<Status>> {
@@ -217,7 +217,7 @@ fn what_is_deleted_meanwhile_stays_deleted(suite: &Suite) -> Result<()> {
         ensure!(!suite.snapshots_dir().join(&tag).exists(), "mode {mode}: it is in memory");
         stopped.end().with_context(|| format!("mode {mode}"))?;
         store(suite)?.sweep()?;
-        let left = names(&suite.home().join("snapshots"))?;
+        let left = names(&suite.store())?;
         ensure!(!left.iter().any(|name| name.contains(&tag)), "mode {mode} leaves {left:?}");
     }
     Ok(())

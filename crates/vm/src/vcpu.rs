@@ -22,6 +22,7 @@ use vmm_sys_util::errno;
 use crate::host::Host;
 use crate::ioapic::{Interrupts, RaiseError};
 use crate::kick::{KickHandle, Siblings, Target};
+use crate::mode::GuestMode;
 use crate::msr::MsrError;
 use crate::pvm;
 
@@ -134,6 +135,8 @@ fn suberror_name(suberror: u32) -> &'static str {
 #[derive(Debug)]
 pub(crate) struct Shared {
     pub host: Host,
+    /// How the guest runs kernel mode.
+    pub mode: GuestMode,
     /// Number of vCPUs.
     pub count: u8,
     pub siblings: Arc<Siblings>,

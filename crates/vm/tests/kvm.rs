@@ -9,7 +9,10 @@ use std::time::{Duration, Instant};
 
 use forkd_vm::boot::{BootEntry, Protocol};
 use forkd_vm::clock::ClockShift;
-use forkd_vm::{Exit, ExitBus, Host, MemSlot, Vcpu, VcpuState, Vm, VmState};
+use forkd_vm::pvm::native::{Choice, NotNative};
+use forkd_vm::{
+    Exit, ExitBus, GuestMode, Host, HostOptions, MemSlot, Vcpu, VcpuState, Vm, VmState,
+};
 use vm_memory::{
     Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
     MemoryRegionAddress,
@@ -17,7 +20,7 @@ use vm_memory::{
 
 const CODE: u64 = 0x10_0000;
 /// Where the tests' page tables go: an identity map of the first GiB.
-const PML4: u64 = 0x9000;
+const PML4: u64 = forkd_vm::layout::BOOT_PML4;
 
 /// Records the first hundred accesses and the last; reads give 0x5a.
 #[derive(Default)]
@@ -72,10 +75,16 @@ fn machine(host: &Host, code: &[u8]) -> (GuestMemoryMmap, Vm, Vcpu) {
         ram.write_obj((i << 21) | 0x83, GuestAddress(PML4 + 0x2000 + i * 8)).unwrap();
         ram.write_obj((i << 21) | (3 << 30) | 0x83, GuestAddress(PML4 + 0x3000 + i * 8)).unwrap();
     }
-    let vm = Vm::new(host, &[slot(&ram)], 1).unwrap();
+    let vm = Vm::new(host, stock_mode(host), &[slot(&ram)], 1).unwrap();
     let mut vcpu = vm.create_vcpu(0, &ram).unwrap();
-    vcpu.configure_boot(&BootEntry { protocol: Protocol::Linux64, rip: CODE }).unwrap();
+    vcpu.configure_boot(&BootEntry { protocol: Protocol::Linux64, rip: CODE, control: None })
+        .unwrap();
     (ram, vm, vcpu)
+}
+
+/// How a kernel that knows nothing of PVM runs here.
+fn stock_mode(host: &Host) -> GuestMode {
+    if host.is_pvm() { GuestMode::PvmEmulated } else { GuestMode::Hardware }
 }
 
 fn slot(ram: &GuestMemoryMmap) -> MemSlot {
@@ -208,7 +217,7 @@ fn saved_state_goes_on_in_a_new_vm_over_copied_memory_after_serialisation() {
     let bytes = postcard::to_stdvec(&(&state, &vm_state)).unwrap();
     let (state, vm_state): (VcpuState, VmState) = postcard::from_bytes(&bytes).unwrap();
     let ram2 = copy(&ram);
-    let vm2 = Vm::new(&host, &[slot(&ram2)], 1).unwrap();
+    let vm2 = Vm::new(&host, stock_mode(&host), &[slot(&ram2)], 1).unwrap();
     let mut vcpu2 = vm2.create_vcpu(0, &ram2).unwrap();
     vcpu2.restore(&state, vm_state.clock_shift()).unwrap();
     vm2.restore(&vm_state).unwrap();
@@ -309,7 +318,7 @@ fn the_tsc_goes_on_where_it_was_or_is_the_hosts_on_pvm() {
     let state = vcpu.save().unwrap();
     let vm_state = vm.save().unwrap();
     thread::sleep(Duration::from_millis(300));
-    let vm2 = Vm::new(&host, &[slot(&ram)], 1).unwrap();
+    let vm2 = Vm::new(&host, stock_mode(&host), &[slot(&ram)], 1).unwrap();
     let mut vcpu2 = vm2.create_vcpu(0, &ram).unwrap();
     vcpu2.restore(&state, vm_state.clock_shift()).unwrap();
     let restored = Instant::now();
@@ -329,11 +338,12 @@ fn the_tsc_goes_on_where_it_was_or_is_the_hosts_on_pvm() {
 
 #[test]
 fn the_command_line_fits_and_the_users_words_come_last() {
-    let host = Host::open().unwrap();
-    let line = forkd_vm::cmdline::build(&host, " foo=bar  ");
-    assert!(line.ends_with(" foo=bar"), "{line}");
-    assert!(line.len() < forkd_vm::layout::CMDLINE_MAX / 2, "{} bytes", line.len());
-    assert_eq!(line.contains("clearcpuid="), host.is_pvm(), "{line}");
+    for mode in [GuestMode::Hardware, GuestMode::PvmEmulated, GuestMode::PvmNative] {
+        let line = forkd_vm::cmdline::build(mode, " foo=bar  ");
+        assert!(line.ends_with(" foo=bar"), "{line}");
+        assert!(line.len() < forkd_vm::layout::CMDLINE_MAX / 2, "{} bytes", line.len());
+        assert_eq!(line.contains("clearcpuid="), mode.is_emulated(), "{line}");
+    }
 }
 
 #[test]
@@ -342,13 +352,13 @@ fn an_interrupt_line_works_while_a_vm_is_connected_and_says_so_otherwise() {
     let line = forkd_vm::IrqLine::unconnected();
     assert_eq!(line.pulse(5).unwrap_err().to_string(), "interrupt 5: no VM is connected");
     let ram = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 64 << 20)]).unwrap();
-    let mut vm = Vm::new(&host, &[slot(&ram)], 1).unwrap();
+    let mut vm = Vm::new(&host, stock_mode(&host), &[slot(&ram)], 1).unwrap();
     vm.adopt(&line);
     let clone = line.clone();
     clone.pulse(5).unwrap();
     vm.irq_line().pulse(19).unwrap();
     let vm2 = {
-        let mut vm2 = Vm::new(&host, &[slot(&ram)], 1).unwrap();
+        let mut vm2 = Vm::new(&host, stock_mode(&host), &[slot(&ram)], 1).unwrap();
         vm2.adopt(&line);
         vm2
     };
@@ -363,12 +373,12 @@ fn impossible_vms_are_refused_with_the_reason() {
     let host = Host::open().unwrap();
     let ram = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 64 << 20)]).unwrap();
     let good = slot(&ram);
-    let text = Vm::new(&host, &[good], 0).unwrap_err().to_string();
+    let text = Vm::new(&host, stock_mode(&host), &[good], 0).unwrap_err().to_string();
     assert_eq!(text, "0 vCPUs: must be 1 to 16");
-    let text = Vm::new(&host, &[good], 17).unwrap_err().to_string();
+    let text = Vm::new(&host, stock_mode(&host), &[good], 17).unwrap_err().to_string();
     assert_eq!(text, "17 vCPUs: must be 1 to 16");
     let odd = MemSlot { slot: 7, gpa: 0x123, ..good };
-    let text = Vm::new(&host, &[good, odd], 1).unwrap_err().to_string();
+    let text = Vm::new(&host, stock_mode(&host), &[good, odd], 1).unwrap_err().to_string();
     assert!(text.starts_with("memory slot 7 (0x4000000 bytes at guest address 0x123)"), "{text}");
 }
 
@@ -380,13 +390,65 @@ fn the_pvh_protocol_starts_in_32_bit_mode_without_paging() {
     code.extend(LOOP);
     let ram = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 64 << 20)]).unwrap();
     ram.write_slice(&code, GuestAddress(CODE)).unwrap();
-    let vm = Vm::new(&host, &[slot(&ram)], 1).unwrap();
+    let vm = Vm::new(&host, stock_mode(&host), &[slot(&ram)], 1).unwrap();
     let mut vcpu = vm.create_vcpu(0, &ram).unwrap();
-    vcpu.configure_boot(&BootEntry { protocol: Protocol::Pvh, rip: CODE }).unwrap();
+    vcpu.configure_boot(&BootEntry { protocol: Protocol::Pvh, rip: CODE, control: None }).unwrap();
     let bus = Record::default();
     run_until(&mut vcpu, &bus, 2);
     let start_info = forkd_vm::layout::PVH_START_INFO as u32;
     let expected =
         [start_info, start_info + 1].map(|n| format!("out 0xf4 {:02x?}", n.to_le_bytes()));
     assert_eq!(bus.seen(), expected);
+}
+
+/// One answer for a host, whatever it is; and the same one again, from the file.
+#[test]
+fn native_pvm_is_verified_in_good_time_and_remembered() {
+    let dir = tempfile::tempdir().unwrap();
+    let memo = dir.path().join("pvm-probe");
+    let options = HostOptions { memo: Some(memo.clone()), ..HostOptions::default() };
+    let host = Host::open_with(options.clone()).unwrap();
+    let begin = Instant::now();
+    let answer = host.native_pvm();
+    let took = begin.elapsed();
+    assert!(took < Duration::from_secs(2), "{took:?}");
+    let found = if answer.is_ok() { "native" } else { "differs" };
+    match &answer {
+        Err(NotNative::NotPvm) => assert!(!host.is_pvm() && !memo.exists()),
+        _ => assert!(host.is_pvm() && std::fs::read_to_string(&memo).unwrap().contains(found)),
+    }
+    // Of the host's own word for it, if it gives one.
+    if std::fs::read_to_string("/sys/module/kvm_pvm/parameters/pvm_native")
+        .is_ok_and(|t| t.starts_with('Y'))
+    {
+        assert_eq!(answer, Ok(()));
+    }
+    let begin = Instant::now();
+    assert_eq!(Host::open_with(options.clone()).unwrap().native_pvm(), answer);
+    let again = begin.elapsed();
+    assert!(again < Duration::from_millis(100), "{again:?}, and {took:?} at first");
+    let off = HostOptions { pvm: Choice::Emulated, ..options };
+    let refused = Host::open_with(off).unwrap().native_pvm();
+    assert!(matches!(refused, Err(NotNative::SwitchedOff | NotNative::NotPvm)), "{refused:?}");
+}
+
+/// A hundred times over: what the probe leaves behind would show.
+#[test]
+fn the_probe_leaves_nothing_behind() {
+    let count = || std::fs::read_dir("/proc/self/fd").unwrap().count();
+    let probe = || drop(Host::open().unwrap().native_pvm());
+    probe();
+    // Other tests open descriptors meanwhile.
+    let least = |n: usize| {
+        (0..n)
+            .map(|_| {
+                probe();
+                count()
+            })
+            .min()
+            .unwrap()
+    };
+    let before = least(5);
+    let after = least(50);
+    assert!(after < before + 20, "{before} descriptors, then {after}");
 }

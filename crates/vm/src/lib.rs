@@ -27,6 +27,7 @@ pub mod layout;
 pub mod mode;
 pub mod msr;
 pub mod pvm;
+pub mod stats;
 pub mod vcpu;
 pub mod vm;
 

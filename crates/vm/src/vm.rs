@@ -217,7 +217,7 @@ impl Vm {
 
     /// Creates vCPU `index`, 0 to the VM's number of vCPUs. It does not know yet whether it boots
     /// ([`Vcpu::configure_boot`]) or goes on from saved state ([`Vcpu::restore`]). `ram` is the guest's RAM, for
-    /// [`crate::pvm`]'s remedies; elsewhere it is not used.
+    /// [`crate::pvm`]'s remedies, and to tell the instruction of a vCPU that cannot go on.
     ///
     /// # Errors
     ///
@@ -236,7 +236,7 @@ impl Vm {
             siblings: self.siblings.clone(),
             interrupts: self.interrupts.clone(),
         };
-        Vcpu::new(shared, fd, index, assist)
+        Vcpu::new(shared, fd, index, ram.clone(), assist)
     }
 
     /// How its guest runs kernel mode.

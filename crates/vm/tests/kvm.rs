@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use forkd_vm::boot::{BootEntry, Protocol};
 use forkd_vm::clock::ClockShift;
-use forkd_vm::pvm::native::{Choice, NotNative};
+use forkd_vm::pvm::native::{self, Choice, NotNative};
 use forkd_vm::{
     Exit, ExitBus, GuestMode, Host, HostOptions, MemSlot, Vcpu, VcpuState, Vm, VmState,
 };
@@ -21,6 +21,8 @@ use vm_memory::{
 const CODE: u64 = 0x10_0000;
 /// Where the tests' page tables go: an identity map of the first GiB.
 const PML4: u64 = forkd_vm::layout::BOOT_PML4;
+/// Where guests that run natively on PVM have their VIF page.
+const VIF: u64 = 0x20_0000;
 
 /// Records the first hundred accesses and the last; reads give 0x5a.
 #[derive(Default)]
@@ -65,20 +67,31 @@ impl ExitBus for Record {
 }
 
 fn machine(host: &Host, code: &[u8]) -> (GuestMemoryMmap, Vm, Vcpu) {
+    machine_of(host, stock_mode(host), 3, code)
+}
+
+/// `rights` are the bits of page table entries.
+fn machine_of(
+    host: &Host,
+    mode: GuestMode,
+    rights: u64,
+    code: &[u8],
+) -> (GuestMemoryMmap, Vm, Vcpu) {
     let ram = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 64 << 20)]).unwrap();
     ram.write_slice(code, GuestAddress(CODE)).unwrap();
-    ram.write_obj((PML4 + 0x1000) | 3, GuestAddress(PML4)).unwrap();
-    ram.write_obj((PML4 + 0x2000) | 3, GuestAddress(PML4 + 0x1000)).unwrap();
+    ram.write_obj((PML4 + 0x1000) | rights, GuestAddress(PML4)).unwrap();
+    ram.write_obj((PML4 + 0x2000) | rights, GuestAddress(PML4 + 0x1000)).unwrap();
     // The fourth GiB too, as large pages need a directory: MMIO lies there.
-    ram.write_obj((PML4 + 0x3000) | 3, GuestAddress(PML4 + 0x1018)).unwrap();
+    ram.write_obj((PML4 + 0x3000) | rights, GuestAddress(PML4 + 0x1018)).unwrap();
     for i in 0..512u64 {
-        ram.write_obj((i << 21) | 0x83, GuestAddress(PML4 + 0x2000 + i * 8)).unwrap();
-        ram.write_obj((i << 21) | (3 << 30) | 0x83, GuestAddress(PML4 + 0x3000 + i * 8)).unwrap();
+        ram.write_obj((i << 21) | rights | 0x80, GuestAddress(PML4 + 0x2000 + i * 8)).unwrap();
+        ram.write_obj((i << 21) | (3 << 30) | rights | 0x80, GuestAddress(PML4 + 0x3000 + i * 8))
+            .unwrap();
     }
-    let vm = Vm::new(host, stock_mode(host), &[slot(&ram)], 1).unwrap();
+    let control = (mode == GuestMode::PvmNative).then_some(VIF | native::FEATURES);
+    let vm = Vm::new(host, mode, &[slot(&ram)], 1).unwrap();
     let mut vcpu = vm.create_vcpu(0, &ram).unwrap();
-    vcpu.configure_boot(&BootEntry { protocol: Protocol::Linux64, rip: CODE, control: None })
-        .unwrap();
+    vcpu.configure_boot(&BootEntry { protocol: Protocol::Linux64, rip: CODE, control }).unwrap();
     (ram, vm, vcpu)
 }
 
@@ -451,4 +464,119 @@ fn the_probe_leaves_nothing_behind() {
     let before = least(5);
     let after = least(50);
     assert!(after < before + 20, "{before} descriptors, then {after}");
+}
+
+/// A guest whose kernel mode runs natively, with pages of these rights; none where the host cannot.
+fn native_machine(rights: u64, code: &[u8]) -> Option<(GuestMemoryMmap, Vm, Vcpu)> {
+    let host = Host::open().unwrap();
+    host.native_pvm().is_ok().then(|| machine_of(&host, GuestMode::PvmNative, rights, code))
+}
+
+#[test]
+fn a_native_guest_is_saved_with_its_vif_page_and_goes_on_in_another_vm() {
+    // inc eax; out 0xf4, eax; loop
+    let code = [0xff, 0xc0, 0xe7, 0xf4, 0xeb, 0xfa];
+    let Some((ram, vm, mut vcpu)) = native_machine(7, &code) else { return };
+    run_until(&mut vcpu, &Record::default(), 3);
+    let state = vcpu.save().unwrap();
+    let vm_state = vm.save().unwrap();
+    let control = state.msrs.iter().find(|(index, _)| *index == native::MSR_CONTROL);
+    // A bit that always reads 1 may be added.
+    let control = control.expect("is part of the state").1;
+    assert_eq!(control & (native::VIF_MASK | native::FEATURES), VIF | native::FEATURES);
+    let told = state.regs.rax;
+    let host = Host::open().unwrap();
+    let vm2 = Vm::new(&host, GuestMode::PvmNative, &[slot(&ram)], 1).unwrap();
+    let mut vcpu2 = vm2.create_vcpu(0, &ram).unwrap();
+    vcpu2.restore(&state, vm_state.clock_shift()).unwrap();
+    vm2.restore(&vm_state).unwrap();
+    let bus = Record::default();
+    run_until(&mut vcpu2, &bus, 1);
+    let value = (told + 1) as u32;
+    let repeated = format!("out 0xf4 {:02x?}", (told as u32).to_le_bytes());
+    let next = format!("out 0xf4 {:02x?}", value.to_le_bytes());
+    let first = bus.seen()[0].clone();
+    assert!(first == next || first == repeated, "{first} after {told:#x}");
+    // Neither kind goes on as the other.
+    let emulated = Vm::new(&host, GuestMode::PvmEmulated, &[slot(&ram)], 1).unwrap();
+    let mut vcpu3 = emulated.create_vcpu(0, &ram).unwrap();
+    let text = vcpu3.restore(&state, ClockShift::NONE).unwrap_err().to_string();
+    assert!(text.contains("saved state does not fit"), "{text}");
+    let mut other = state;
+    other.msrs.retain(|(index, _)| *index != native::MSR_CONTROL);
+    let text = vcpu2.restore(&other, ClockShift::NONE).unwrap_err().to_string();
+    assert!(text.contains("did not run natively"), "{text}");
+}
+
+#[test]
+fn what_the_host_cannot_do_in_native_mode_is_told_with_all_registers() {
+    let Some((_ram, _vm, mut vcpu)) = native_machine(7, &[0xcd, 0x50]) else { return };
+    let bus = Record::default();
+    let text = vcpu.run(&bus).unwrap_err().to_string();
+    for word in
+        ["vCPU 0: KVM_EXIT_", "kernel mode, rip 0x100000 ", "cr3 0xa000", "bytes at rip cd 50"]
+    {
+        assert!(text.contains(word), "{word}: {text}");
+    }
+}
+
+/// Kernel pages that are not the user's to the CPU: the host faults them in for ever.
+#[test]
+fn a_livelock_in_the_host_can_be_stopped_and_looked_at() {
+    let Some((_ram, _vm, mut vcpu)) = native_machine(3, &LOOP) else { return };
+    let kick = vcpu.kick_handle();
+    let begin = Instant::now();
+    let result = thread::scope(|scope| {
+        scope.spawn(move || {
+            thread::sleep(Duration::from_millis(300));
+            kick.kick();
+        });
+        vcpu.run(&Record::default())
+    });
+    assert!(begin.elapsed() < Duration::from_secs(5), "{:?}", begin.elapsed());
+    match result {
+        Ok(Exit::Kicked) => {
+            let view = vcpu.view().to_string();
+            assert!(view.contains("kernel mode, rip 0x100000 "), "{view}");
+        }
+        // A host may give up by itself, too.
+        Err(error) => assert!(error.to_string().contains("rip 0x100000 "), "{error}"),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn counters_tell_exits_by_kind_while_the_guest_runs_and_when_it_does_not() {
+    let host = Host::open().unwrap();
+    // out 0xf4, al; loop
+    let (_ram, _vm, mut vcpu) = machine(&host, &[0xe6, 0xf4, 0xeb, 0xfc]);
+    let kick = vcpu.kick_handle();
+    let (send, receive) = channel();
+    let bus = Record::default();
+    *bus.tell.lock().unwrap() = Some(send);
+    let counters = thread::scope(|scope| {
+        let handle = kick.clone();
+        let reader = scope.spawn(move || {
+            for _ in 0..10 {
+                receive.recv_timeout(Duration::from_secs(20)).expect("an access");
+            }
+            let counters = handle.counters(Duration::from_secs(20));
+            handle.kick();
+            counters
+        });
+        assert_eq!(vcpu.run(&bus).unwrap(), Exit::Kicked);
+        reader.join().unwrap()
+    });
+    // Linux 5.14 and later.
+    let Some(counters) = counters else { return };
+    let of = |name: &str, all: &[(String, u64)]| {
+        all.iter().find(|(n, _)| n == name).map(|(_, value)| *value)
+    };
+    let running = of("exits", &counters).expect("every kernel counts exits");
+    let stopped = kick.counters(Duration::ZERO).expect("they are open");
+    assert!(of("exits", &stopped) >= Some(running));
+    drop(vcpu);
+    assert_eq!(kick.counters(Duration::ZERO), None, "the vCPU is gone");
+    let (_ram, _vm, never_run) = machine(&host, &LOOP);
+    assert!(never_run.kick_handle().counters(Duration::ZERO).is_some());
 }

@@ -166,10 +166,26 @@ impl Engine {
         self.vcpus.abandon_in_child();
     }
 
-    /// Counters of the remedies for PVM; empty elsewhere.
+    /// Counters of KVM, which tell exits by kind, and of the remedies for PVM. Those that are zero are left out.
     pub fn metrics(&self) -> Metrics {
         let remedies = self.vm.pvm_metrics().map(|m| m.snapshot()).unwrap_or_default();
-        remedies.into_iter().map(|(name, value)| (format!("pvm.{name}"), value)).collect()
+        let remedies = remedies.into_iter().map(|(name, value)| (format!("pvm.{name}"), value));
+        let kvm = self.vcpus.counters().into_iter().filter(|(_, value)| *value > 0);
+        remedies.chain(kvm.map(|(name, value)| (format!("kvm.{name}"), value))).collect()
+    }
+
+    /// Stops all vCPUs for good, and says where they were: for a guest that does not do what it should.
+    pub fn stop_and_look(&self) -> String {
+        self.vcpus.request_park();
+        if let Err(error) = self.vcpus.wait_parked(PARK_TIMEOUT) {
+            return error.to_string();
+        }
+        let views = self.vcpus.views();
+        views
+            .iter()
+            .map(|(index, view)| format!("vCPU {index}: {view}"))
+            .collect::<Vec<_>>()
+            .join("; ")
     }
 }
 

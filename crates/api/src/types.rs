@@ -367,6 +367,40 @@ pub struct VmConfig {
     pub drives: Vec<DriveConfig>,
     /// Seconds the agent has to say hello after a boot.
     pub boot_timeout_s: u32,
+    /// What is wanted of a host with PVM.
+    #[serde(default, skip_serializing_if = "PvmConfig::is_default")]
+    pub pvm: PvmConfig,
+}
+
+/// What is wanted of a host that has PVM, and where it is remembered what that host can do.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PvmConfig {
+    /// Whether guest kernel mode runs natively.
+    #[serde(default)]
+    pub mode: PvmMode,
+    /// File that remembers what the probe of the host found.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memo: Option<PathBuf>,
+}
+
+impl PvmConfig {
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// Whether guest kernel mode runs natively on PVM. The names are those of FORKD_PVM.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PvmMode {
+    /// Where the host can do it, and the kernel is the one for it.
+    #[default]
+    Auto,
+    /// It must.
+    Native,
+    /// It must not.
+    Emulated,
 }
 
 /// Configuration of `forkd vm` for a zygote from a durable snapshot, or for a VM.
@@ -392,6 +426,9 @@ pub struct RestoreConfig {
     /// With [`RestoredMemory::MemfdPrivate`]: number of the descriptor of the memfd, which the process is started with.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memfd: Option<i32>,
+    /// What is wanted of a host with PVM.
+    #[serde(default, skip_serializing_if = "PvmConfig::is_default")]
+    pub pvm: PvmConfig,
 }
 
 /// What the RAM of a loaded snapshot is. The names are those of `--memory`.
@@ -477,6 +514,13 @@ mod tests {
         assert_eq!((&value["id"], &value["phase"]), (&json!("vm-1"), &json!("ready")));
         assert!(value.get("parent").is_none() && value.get("error").is_none());
         assert_eq!(serde_json::from_value::<VmInfo>(value).expect("decodes"), info);
+    }
+
+    #[test]
+    fn what_is_wanted_of_pvm_is_told_in_the_words_of_forkd_pvm() {
+        let config = PvmConfig { mode: PvmMode::Emulated, memo: Some("/run/m".into()) };
+        golden(config, json!({"mode": "emulated", "memo": "/run/m"}));
+        golden(PvmConfig::default(), json!({"mode": "auto"}));
     }
 
     #[test]

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use forkd_image::initramfs;
+use forkd_vm::{GuestMode, Host};
 
 use crate::paths::Paths;
 
@@ -18,40 +19,79 @@ const AGENT_BUILDS: [&str; 2] = [
 /// Where packages put what belongs to forkd, seen from bin/.
 const LIB: &str = "../lib/forkd";
 
-/// Finds the guest kernel: `given`, or FORKD_KERNEL, or a packaged one, or the newest that
-/// guest/kernel/build.sh built. Checks that it is one.
-///
-/// # Errors
-/// There is none, or the file is no kernel.
-pub fn kernel(given: Option<&Path>, paths: &Paths) -> Result<PathBuf> {
-    if let Some(path) = given {
-        check_kernel(path)?;
-        return std::path::absolute(path)
-            .with_context(|| format!("cannot find {}", path.display()));
-    }
-    if let Some(path) = env::var_os("FORKD_KERNEL").map(PathBuf::from) {
-        check_kernel(&path).context("FORKD_KERNEL")?;
-        return std::path::absolute(&path)
-            .with_context(|| format!("cannot find {}", path.display()));
-    }
-    for path in kernel_places(paths) {
-        if path.exists() {
-            check_kernel(&path)?;
-            // Not the link "current": it may move while VMs that were booted from it live.
-            return fs::canonicalize(&path)
-                .with_context(|| format!("cannot find {}", path.display()));
-        }
-    }
-    bail!(
-        "no guest kernel in {}: build one with `make kernel` (guest/kernel/build.sh), or give --kernel PATH",
-        paths.cache.join("kernels").display()
-    )
+/// A guest kernel that was found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Kernel {
+    /// The file.
+    pub path: PathBuf,
+    /// How it runs kernel mode on this host.
+    pub mode: GuestMode,
+    /// What would be better, if anything would.
+    pub advice: Option<&'static str>,
 }
 
-/// Where a kernel is looked for when none is named.
-pub fn kernel_places(paths: &Paths) -> Vec<PathBuf> {
-    let packaged = beside_binary(LIB).map(|lib| lib.join("vmlinux"));
-    packaged.into_iter().chain([paths.cache.join("kernels/current/vmlinux")]).collect()
+/// Where each flavour of the kernel is, if it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Flavours {
+    /// For all hosts.
+    pub stock: Option<PathBuf>,
+    /// For hosts whose PVM runs kernel mode natively.
+    pub native: Option<PathBuf>,
+}
+
+/// Finds the guest kernel: `given`, or FORKD_KERNEL, or a packaged one, or the newest that
+/// guest/kernel/build.sh built: of the flavour that the host can run quicker. Checks that it is one, and that it runs
+/// here.
+///
+/// # Errors
+/// There is none, or the file is no kernel, or not for this host.
+pub fn kernel(given: Option<&Path>, paths: &Paths, host: &Host) -> Result<Kernel> {
+    let mut advice = None;
+    let path = if let Some(path) = given {
+        named(path)?
+    } else if let Some(path) = env::var_os("FORKD_KERNEL") {
+        named(Path::new(&path)).context("FORKD_KERNEL")?
+    } else {
+        let path = match (Flavours::find(paths), host.native_pvm()) {
+            (Flavours { native: Some(native), .. }, Ok(())) => Some(native),
+            (Flavours { stock, .. }, Ok(())) => {
+                advice = Some(
+                    "this host runs guests' kernel mode natively, but there is no kernel for that: `make kernel`",
+                );
+                stock
+            }
+            (Flavours { stock, .. }, Err(_)) => stock,
+        };
+        let Some(path) = path else {
+            bail!(
+                "no guest kernel for this host in {}: build one with `make kernel` (guest/kernel/build.sh), or give \
+                 --kernel PATH",
+                paths.cache.join("kernels").display()
+            )
+        };
+        check_kernel(&path)?;
+        // Not the link "current": it may move while VMs that were booted from it live.
+        fs::canonicalize(&path).with_context(|| format!("cannot find {}", path.display()))?
+    };
+    let mode = host.mode_for(&path)?;
+    Ok(Kernel { path, mode, advice })
+}
+
+fn named(path: &Path) -> Result<PathBuf> {
+    check_kernel(path)?;
+    std::path::absolute(path).with_context(|| format!("cannot find {}", path.display()))
+}
+
+impl Flavours {
+    /// Looks where a kernel is looked for when none is named.
+    pub fn find(paths: &Paths) -> Self {
+        let first = |packaged: &str, built: &str| {
+            let packaged = beside_binary(LIB).map(|lib| lib.join(packaged));
+            let built = paths.cache.join("kernels").join(built).join("vmlinux");
+            packaged.into_iter().chain([built]).find(|path| path.exists())
+        };
+        Self { stock: first("vmlinux", "current"), native: first("vmlinux-pvm", "current-pvm") }
+    }
 }
 
 /// Checks that a file is a kernel that can be booted: ELF, or bzImage.
@@ -112,6 +152,24 @@ fn beside_binary(relative: &str) -> Option<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn both_flavours_are_found_where_they_are_built() {
+        let tmp = tempfile::tempdir().unwrap();
+        let dir = |name: &str| tmp.path().join(name);
+        let paths = Paths { data: dir("d"), run: dir("r"), cache: dir("c") };
+        assert_eq!(Flavours::find(&paths), Flavours { stock: None, native: None });
+        for (link, digest) in [("current", "k1"), ("current-pvm", "k2")] {
+            let kernels = paths.cache.join("kernels");
+            fs::create_dir_all(kernels.join(digest)).unwrap();
+            fs::write(kernels.join(digest).join("vmlinux"), b"\x7fELF").unwrap();
+            std::os::unix::fs::symlink(digest, kernels.join(link)).unwrap();
+        }
+        let found = Flavours::find(&paths);
+        let end = |path: Option<PathBuf>| path.is_some_and(|p| p.ends_with("current/vmlinux"));
+        assert!(end(found.stock));
+        assert!(found.native.is_some_and(|p| p.ends_with("current-pvm/vmlinux")));
+    }
 
     #[test]
     fn kernels_are_told_by_content() {

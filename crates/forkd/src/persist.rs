@@ -10,7 +10,7 @@ use forkd_snapshot::{ImageRef, Snapshot, SnapshotError, Status};
 
 use crate::paths::Paths;
 use crate::registry::{self, Live};
-use crate::{boot, durable, output};
+use crate::{boot, durable, host, output};
 
 /// Seconds to wait for a snapshot that is being written, unless something else is said.
 pub const WAIT_WRITING_S: u32 = 60;
@@ -120,6 +120,7 @@ pub fn find(paths: &Paths, tag: &str) -> Result<Live> {
         memory: RestoredMemory::File,
         run_as: None,
         memfd: None,
+        pvm: host::pvm(paths)?,
     };
     match boot::restore(&config) {
         Ok(zygote) => zygote.keep(),

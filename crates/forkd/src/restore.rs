@@ -4,13 +4,13 @@ use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use forkd_api::types::{MAX_CHILDREN, RestoreConfig, RestoredMemory, VmInfo};
+use forkd_api::types::{MAX_CHILDREN, PvmConfig, RestoreConfig, RestoredMemory, VmInfo};
 use forkd_memory::{MemfdRegion, MemoryBackend};
 use forkd_snapshot::{Store, Verification};
 
 use crate::boot::{self, Booted, Launch};
 use crate::paths::Paths;
-use crate::{id, output, parallel, persist};
+use crate::{host, id, output, parallel, persist};
 
 /// Most bytes of a tag that a memfd's name has: with what else is in the name, the kernel's limit is far.
 const TAG_SHOWN: usize = 64;
@@ -126,6 +126,7 @@ pub struct Snapshot {
     tag: String,
     store: PathBuf,
     root: PathBuf,
+    pvm: PvmConfig,
 }
 
 /// A VM that runs. It ends when this is dropped, unless it is kept.
@@ -165,7 +166,9 @@ impl Snapshot {
     pub fn open(paths: &Paths, tag: &str) -> Result<Self, RestoreError> {
         let found = persist::durable_with_root(paths, tag);
         let root = found.map_err(|e| RestoreError::Snapshot { reason: output::error_line(&e) })?;
-        Ok(Self { tag: tag.to_string(), store: paths.snapshot_store(), root })
+        let pvm = host::pvm(paths);
+        let pvm = pvm.map_err(|e| RestoreError::Snapshot { reason: output::error_line(&e) })?;
+        Ok(Self { tag: tag.to_string(), store: paths.snapshot_store(), root, pvm })
     }
 
     /// Starts `options.count` VMs, whose run directories are made in `work_dir`, as many at a time as there are CPUs.
@@ -207,6 +210,7 @@ impl Snapshot {
             memory: *memory,
             run_as: Some(name.clone()),
             memfd: None,
+            pvm: self.pvm.clone(),
         });
         let configs: Vec<_> = configs.collect();
         let launch = Launch { program: &options.forkd, start: options.limits.start };
@@ -266,7 +270,8 @@ mod tests {
 
     /// One that is not there.
     fn snapshot(home: &Path) -> Snapshot {
-        Snapshot { tag: "py".into(), store: home.join("store"), root: home.join("root") }
+        let (store, root) = (home.join("store"), home.join("root"));
+        Snapshot { tag: "py".into(), store, root, pvm: PvmConfig::default() }
     }
 
     #[test]

@@ -32,20 +32,30 @@ pub(crate) fn disk_name(index: usize) -> String {
 
 /// Which implementation stands behind `/dev/kvm`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "kebab-case")]
 pub enum KvmFlavour {
-    /// No hardware support.
+    /// No hardware support; of a snapshot: the guest's kernel mode was emulated.
     Pvm,
+    /// The same, and PVM runs guest kernel mode natively; of a snapshot: the guest's kernel needs that.
+    PvmNative,
     /// Intel's VT-x.
     Vmx,
     /// AMD's SVM.
     Svm,
 }
 
+impl KvmFlavour {
+    /// Whether a snapshot that was taken on `self` runs on a host that has `host`: the same, or more of it.
+    pub fn runs_on(self, host: Self) -> bool {
+        self == host || (self, host) == (Self::Pvm, Self::PvmNative)
+    }
+}
+
 impl std::fmt::Display for KvmFlavour {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
             Self::Pvm => "pvm",
+            Self::PvmNative => "pvm-native",
             Self::Vmx => "vmx",
             Self::Svm => "svm",
         })
@@ -398,7 +408,9 @@ pub fn check_host(manifest: &Manifest, host: &HostFacts) -> Result<(), Vec<Misma
     };
     compare("architecture", then.arch.clone(), now.arch.clone());
     compare("CPU", then.cpu.to_string(), now.cpu.to_string());
-    compare("KVM flavour", then.kvm.to_string(), now.kvm.to_string());
+    if !then.kvm.runs_on(now.kvm) {
+        compare("KVM flavour", then.kvm.to_string(), now.kvm.to_string());
+    }
     compare("page size", then.page_size.to_string(), now.page_size.to_string());
     if !host.kernels.contains(&manifest.kernel) {
         found.push(Mismatch::Kernel(manifest.kernel.clone()));

@@ -100,6 +100,44 @@ fn a_host_that_differs_is_told_what_differs() {
 }
 
 #[test]
+fn of_the_two_kinds_of_pvm_one_runs_on_both() {
+    use KvmFlavour::{Pvm, PvmNative, Svm, Vmx};
+    for (taken, host, runs) in [
+        (Pvm, Pvm, true),
+        (Pvm, PvmNative, true),
+        (PvmNative, PvmNative, true),
+        (PvmNative, Pvm, false),
+        (PvmNative, Vmx, false),
+        (Pvm, Svm, false),
+        (Vmx, PvmNative, false),
+        (Vmx, Vmx, true),
+    ] {
+        let mut manifest = manifest();
+        manifest.platform.kvm = taken;
+        let kvm = host;
+        let host = HostFacts {
+            platform: Platform { kvm, ..platform() },
+            kernels: vec!["k1".into()],
+            images: vec!["i1".into()],
+        };
+        match check_host(&manifest, &host) {
+            Ok(()) => assert!(runs, "{taken} on {kvm}"),
+            Err(found) => {
+                assert!(!runs && found.len() == 1, "{taken} on {kvm}");
+                let text = found[0].to_string();
+                assert!(text.contains(&taken.to_string()), "{text}");
+                assert!(text.contains(&format!("this host has {kvm}")), "{text}");
+            }
+        }
+        let mut text = manifest.seal();
+        assert_eq!(read(&text).expect("sound").platform.kvm, taken);
+        text.retain(|b| *b != b'\n');
+        let text = String::from_utf8(text).expect("JSON");
+        assert!(text.contains(&format!("\"kvm\": \"{taken}\"")), "{text}");
+    }
+}
+
+#[test]
 fn cpuinfo_is_read() {
     let text = "processor\t: 0\nvendor_id\t: GenuineIntel\ncpu family\t: 6\nmodel\t\t: 106\n\
                 model name\t: Intel(R) Xeon(R): x\nstepping\t: 6\n\nprocessor\t: 1\nmodel\t: 9\n";

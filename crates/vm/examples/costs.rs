@@ -5,13 +5,14 @@
 use std::time::Instant;
 
 use forkd_vm::boot::{BootEntry, Protocol};
-use forkd_vm::{Host, MemSlot, Vm};
+use forkd_vm::{GuestMode, Host, MemSlot, Vm};
 use vm_memory::{
     GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MemoryRegionAddress,
 };
 
 fn main() {
     let host = Host::open().expect("KVM");
+    let mode = if host.is_pvm() { GuestMode::PvmEmulated } else { GuestMode::Hardware };
     let ram = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 512 << 20)]).expect("memory");
     let region = ram.iter().next().expect("one region");
     let slot = MemSlot {
@@ -39,11 +40,11 @@ fn main() {
             start = Instant::now();
             step += 1;
         };
-        let vm = Vm::new(&host, &[slot], 1).expect("VM");
+        let vm = Vm::new(&host, mode, &[slot], 1).expect("VM");
         lap();
         let mut vcpu = vm.create_vcpu(0, &ram).expect("vCPU");
         lap();
-        let entry = BootEntry { protocol: Protocol::Linux64, rip: 0x100_0000 };
+        let entry = BootEntry { protocol: Protocol::Linux64, rip: 0x100_0000, control: None };
         vcpu.configure_boot(&entry).expect("configure");
         lap();
         let state = vcpu.save().expect("save");

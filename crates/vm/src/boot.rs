@@ -10,6 +10,9 @@
 //! | ELF with a PVH note | the note's address, Xen's PVH protocol | 32-bit protected mode, no paging |
 //! | bzImage | 0x200 beyond its start, Linux's 64-bit protocol | as the first |
 //!
+//! An ELF kernel may be our flavour for PVM with native kernel mode, which a note tells ([`native_kernel`]): it is entered by
+//! the first protocol, with pages that are the user's to the CPU.
+//!
 //! RAM must read as zeroes: nothing is cleared, so that no page is touched in vain.
 
 pub mod acpi;
@@ -26,6 +29,8 @@ use std::path::{Path, PathBuf};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 use crate::layout;
+use crate::mode::GuestMode;
+use crate::pvm::native::{NativeKernel, NoteError};
 
 pub use acpi::AcpiError;
 
@@ -46,6 +51,8 @@ pub struct LoadArgs<'a> {
     pub vmgenid: bool,
     /// How to enter an ELF kernel.
     pub entry: ElfEntry,
+    /// How the VM runs kernel mode: as [`crate::Host::mode_for`] said of this kernel.
+    pub mode: GuestMode,
 }
 
 /// How to enter an ELF kernel.
@@ -65,6 +72,8 @@ pub struct BootEntry {
     pub protocol: Protocol,
     /// First instruction's physical address.
     pub rip: u64,
+    /// Of a kernel that runs natively on PVM: [`crate::pvm::native::MSR_CONTROL`] before the first instruction.
+    pub control: Option<u64>,
 }
 
 /// Boot protocols.
@@ -96,6 +105,20 @@ pub enum BootError {
         path: PathBuf,
         /// What is wrong.
         reason: String,
+    },
+    /// The kernel's note on PVM is of no use.
+    #[error("kernel {}: {source}", .path.display())]
+    Note {
+        /// Its path.
+        path: PathBuf,
+        /// What is wrong.
+        source: NoteError,
+    },
+    /// The file is another than the one that the mode was chosen for.
+    #[error("kernel {}: has changed since it was first looked at: try again", .path.display())]
+    Changed {
+        /// Its path.
+        path: PathBuf,
     },
     /// The kernel does not fit.
     #[error("kernel {}: needs RAM up to {end:#x}, but the VM's ends at {ram_end:#x}: give it more memory", .path.display())]
@@ -201,6 +224,9 @@ pub fn load(ram: &GuestMemoryMmap, args: &LoadArgs<'_>) -> Result<BootEntry, Boo
     } else {
         bzimage::load(ram, &mut kernel, low_end)?
     };
+    if loaded.entry.control.is_some() != (args.mode == GuestMode::PvmNative) {
+        return Err(BootError::Changed { path: args.kernel.to_owned() });
+    }
     let cmdline = check_cmdline(args.cmdline, loaded.cmdline_max)?;
     let initrd = load_initrd(ram, args.initrd, &loaded, low_end)?;
 
@@ -211,7 +237,7 @@ pub fn load(ram: &GuestMemoryMmap, args: &LoadArgs<'_>) -> Result<BootEntry, Boo
     registers::write_descriptors(ram)?;
     match loaded.entry.protocol {
         Protocol::Linux64 => {
-            registers::write_page_tables(ram)?;
+            registers::write_page_tables(ram, args.mode)?;
             let zero_page =
                 params::zero_page(len, initrd, &cmdline, loaded.setup_header.as_deref());
             write(ram, "boot params", layout::BOOT_PARAMS, &zero_page)?;
@@ -225,6 +251,17 @@ pub fn load(ram: &GuestMemoryMmap, args: &LoadArgs<'_>) -> Result<BootEntry, Boo
         }
     }
     Ok(loaded.entry)
+}
+
+/// Whether the kernel in a file is our flavour for PVM with native kernel mode, and what it says of itself. None for
+/// any other file, also for one that is no kernel: [`load`] will say so.
+///
+/// # Errors
+///
+/// The file cannot be read, or its note is of no use.
+pub fn native_kernel(path: &Path) -> Result<Option<NativeKernel>, BootError> {
+    let mut kernel = Image::open("kernel", path)?;
+    if elf::is_elf(&mut kernel)? { elf::native_kernel(&mut kernel) } else { Ok(None) }
 }
 
 /// Length of the RAM in `ram`: the regions at 0 and at 4 GiB. What else it holds (pmem) is not RAM.
@@ -304,6 +341,10 @@ impl<'a> Image<'a> {
 
     fn error(&self, source: io::Error) -> BootError {
         BootError::File { what: self.what, path: self.path.to_owned(), source }
+    }
+
+    fn note(&self, source: NoteError) -> BootError {
+        BootError::Note { path: self.path.to_owned(), source }
     }
 
     fn not_a_kernel(&self, reason: impl Into<String>) -> BootError {

@@ -6,8 +6,8 @@
 //! hide, read once per restore and applied to every vCPU alike, so that their TSCs agree to the tick.
 //!
 //! PVM is different: a guest's user mode executes RDTSC natively and sees the host's TSC, whatever the offset.
-//! Kernel mode, which is emulated, sees the offset. Both agree only if the offset is zero, so it is set to zero at
-//! boot and at restore. The TSC of a PVM guest then runs on while it is saved; its kvmclock does not (the
+//! Kernel mode, where it is emulated, sees the offset (natively it sees the host's TSC as well). Both agree only if the
+//! offset is zero, so it is set to zero at boot and at restore. The TSC of a PVM guest then runs on while it is saved; its kvmclock does not (the
 //! kvmclock page that the host writes hides the difference), so such guests should use the clock source
 //! `kvm-clock`, which [`crate::cmdline`] asks for.
 

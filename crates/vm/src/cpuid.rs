@@ -1,9 +1,13 @@
 //! CPUID as a vCPU sees it: what KVM supports, plus a topology of one package with one thread per core.
 //!
-//! On PVM CPUID runs natively in the guest, so none of this has an effect there; features that must not be
-//! used are cleared by the kernel command line instead ([`crate::pvm::cmdline`]).
+//! Where PVM emulates kernel mode, CPUID runs on the CPU, so none of this has an effect there; features that must not be
+//! used are cleared by the kernel command line instead ([`crate::pvm::cmdline`]). A kernel that runs natively on PVM asks the
+//! host, and is not offered what it must not use ([`crate::pvm::native`]).
 
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
+
+use crate::mode::GuestMode;
+use crate::pvm;
 
 /// Leaf 1, ECX.
 const LEAF1_ECX_X2APIC: u32 = 1 << 21;
@@ -18,9 +22,12 @@ const LEAF6_EAX_ARAT: u32 = 1 << 2;
 /// Documentation/virt/kvm/x86/cpuid.rst)
 const KVM_FEATURES_ASYNC_PF: u32 = 1 << 4 | 1 << 10 | 1 << 14;
 
-/// CPUID for vCPU `index` of `count`, from what KVM supports.
-pub fn for_vcpu(supported: &CpuId, index: u8, count: u8) -> CpuId {
+/// CPUID for vCPU `index` of `count`, from what KVM supports, in a VM of this mode.
+pub fn for_vcpu(supported: &CpuId, mode: GuestMode, index: u8, count: u8) -> CpuId {
     let mut cpuid = supported.clone();
+    if mode == GuestMode::PvmNative {
+        pvm::native::cpuid::filter(&mut cpuid);
+    }
     let apic_id = u32::from(index);
     let count = u32::from(count.max(1));
     // Width of the core number within the APIC id.
@@ -98,7 +105,7 @@ mod tests {
         let leaves = [entry(1, 0), entry(0xb, 0), entry(0xb, 1), entry(0x8000_001e, 0)];
         let supported = CpuId::from_entries(&leaves).unwrap();
         for index in 0..3u8 {
-            let cpuid = for_vcpu(&supported, index, 3);
+            let cpuid = for_vcpu(&supported, GuestMode::Hardware, index, 3);
             let id = u32::from(index);
             assert_eq!(find(&cpuid, 1, 0).ebx >> 24, id);
             assert_eq!(find(&cpuid, 1, 0).ebx >> 16 & 0xff, 3);
@@ -112,7 +119,7 @@ mod tests {
     fn asynchronous_page_faults_are_not_offered() {
         let mut kvm = entry(0x4000_0001, 0);
         kvm.eax = u32::MAX;
-        let cpuid = for_vcpu(&CpuId::from_entries(&[kvm]).unwrap(), 0, 1);
+        let cpuid = for_vcpu(&CpuId::from_entries(&[kvm]).unwrap(), GuestMode::Hardware, 0, 1);
         let eax = find(&cpuid, 0x4000_0001, 0).eax;
         assert_eq!(eax & (1 << 4 | 1 << 10 | 1 << 14), 0);
         assert_ne!(eax & (1 << 3), 0, "kvmclock stays");

@@ -3,9 +3,12 @@
 //! [`Host::open`] opens `/dev/kvm` once and asks everything that stays the same for the life of the machine:
 //! flavour, supported CPUID, which MSRs make up a vCPU's state, the size of its XSAVE area. A fork keeps the
 //! `Host` (the descriptor of `/dev/kvm` itself is not bound to a process), so a child spends no time on it.
+//!
+//! Of PVM there are two kinds, with native kernel mode and without. Which it is is asked when it first matters
+//! ([`Host::native_pvm`]), as it takes milliseconds, and remembered in a file if [`HostOptions`] names one.
 
-use std::path::Path;
-use std::sync::Arc;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
 
 use kvm_bindings::{
     CpuId, KVM_API_VERSION, KVM_CAP_VCPU_ATTRIBUTES, KVM_CAP_XSAVE2, KVM_MAX_CPUID_ENTRIES,
@@ -13,6 +16,9 @@ use kvm_bindings::{
 use kvm_ioctls::{Cap, Kvm};
 use vmm_sys_util::errno;
 
+use crate::boot::{self, BootError};
+use crate::mode::GuestMode;
+use crate::pvm::native::{self, Choice, NativeKernel, NotNative, memo::Memo};
 use crate::{msr, pvm};
 
 /// Where KVM is found.
@@ -95,6 +101,43 @@ impl Flavour {
     }
 }
 
+/// What the user wants of a host that has PVM.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct HostOptions {
+    /// Whether guest kernel mode runs natively where it can.
+    pub pvm: Choice,
+    /// File that remembers what the probe found; its directory should be this user's alone.
+    pub memo: Option<PathBuf>,
+}
+
+/// Why a kernel cannot be booted on this host.
+#[derive(Debug, thiserror::Error)]
+pub enum ModeError {
+    /// The kernel is the flavour for native kernel mode on PVM.
+    #[error(
+        "kernel {}: it runs on hosts whose PVM runs kernel mode natively, and {reason}: `make kernel` builds the \
+         flavour that this host needs", .path.display()
+    )]
+    NotNative {
+        /// Its path.
+        path: PathBuf,
+        /// Why this host is none of those.
+        reason: NotNative,
+    },
+    /// The kernel is not that flavour, and native was asked for.
+    #[error(
+        "kernel {}: it does not know PVM's native kernel mode, and FORKD_PVM=native asks for that: `make kernel` \
+         builds one that does", .path.display()
+    )]
+    Stock {
+        /// Its path.
+        path: PathBuf,
+    },
+    /// It cannot be looked at.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+}
+
 /// An opened `/dev/kvm` and what it can do. Clones share it.
 #[derive(Debug, Clone)]
 pub struct Host(Arc<Inner>);
@@ -103,7 +146,8 @@ pub struct Host(Arc<Inner>);
 struct Inner {
     kvm: Kvm,
     flavour: Flavour,
-    pvm: bool,
+    options: HostOptions,
+    native: OnceLock<Result<(), NotNative>>,
     cpuid: CpuId,
     msrs: Vec<u32>,
     xsave_size: usize,
@@ -140,6 +184,15 @@ impl Host {
     ///
     /// Each error's message says what to do about it.
     pub fn open() -> Result<Self, HostError> {
+        Self::open_with(HostOptions::default())
+    }
+
+    /// The same, with what the user wants.
+    ///
+    /// # Errors
+    ///
+    /// As [`Host::open`].
+    pub fn open_with(options: HostOptions) -> Result<Self, HostError> {
         let kvm = Kvm::new().map_err(|e| match e.errno() {
             libc::ENOENT | libc::ENODEV | libc::ENXIO => HostError::Missing,
             libc::EACCES | libc::EPERM => HostError::NotPermitted,
@@ -166,7 +219,8 @@ impl Host {
         let flavour = Flavour::detect(&kvm);
         Ok(Self(Arc::new(Inner {
             flavour,
-            pvm: flavour == Flavour::Pvm,
+            options,
+            native: OnceLock::new(),
             cpuid,
             msrs: msr::candidates(listed.as_slice()),
             xsave_size: xsave2.clamp(XSAVE_MIN, XSAVE_MAX),
@@ -189,21 +243,70 @@ impl Host {
         self.0.flavour
     }
 
-    /// Whether the remedies of [`crate::pvm`] are needed.
+    /// Whether this is PVM, of either kind.
     pub fn is_pvm(&self) -> bool {
-        self.0.pvm
+        self.0.flavour == Flavour::Pvm
     }
 
-    /// How many forked guests should wake up at once, if there is a limit: a crowd of them gets nothing done where
-    /// kernel mode is emulated.
-    pub fn waking_limit(&self) -> Option<usize> {
-        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-        self.is_pvm().then_some(cpus + 1)
+    /// Whether guest kernel mode can run natively on this host's PVM: its interface was verified. Asked once; the first
+    /// time takes a second at most, some milliseconds as a rule, or the reading of a file.
+    ///
+    /// # Errors
+    ///
+    /// Why it can't.
+    pub fn native_pvm(&self) -> Result<(), NotNative> {
+        let answer = self.0.native.get_or_init(|| match (self.0.flavour, self.0.options.pvm) {
+            (Flavour::Pvm, Choice::Emulated) => Err(NotNative::SwitchedOff),
+            (Flavour::Pvm, Choice::Auto | Choice::Native) => {
+                self.remembered().map_err(NotNative::Differs)
+            }
+            _ => Err(NotNative::NotPvm),
+        });
+        answer.clone()
     }
 
-    /// The time slice that vCPU threads should ask for, if not the host's default.
-    pub fn vcpu_slice(&self) -> Option<std::time::Duration> {
-        self.is_pvm().then_some(pvm::VCPU_SLICE)
+    fn remembered(&self) -> Result<(), String> {
+        let memo = self.0.options.memo.as_deref().and_then(Memo::of_host);
+        if let Some(found) = memo.as_ref().and_then(Memo::read) {
+            return found;
+        }
+        let found = native::verify(self);
+        if let Some(memo) = memo {
+            // Without it the next one asks again.
+            let _ = memo.write(&found);
+        }
+        found
+    }
+
+    /// How a kernel runs on this host; `kernel` is what [`boot::native_kernel`] found in the file `path`.
+    ///
+    /// # Errors
+    ///
+    /// It does not: says why, and what to do.
+    pub fn mode_of(
+        &self,
+        kernel: Option<NativeKernel>,
+        path: &Path,
+    ) -> Result<GuestMode, ModeError> {
+        let path = || path.to_owned();
+        match kernel {
+            Some(_) => match self.native_pvm() {
+                Ok(()) => Ok(GuestMode::PvmNative),
+                Err(reason) => Err(ModeError::NotNative { path: path(), reason }),
+            },
+            None if !self.is_pvm() => Ok(GuestMode::Hardware),
+            None if self.0.options.pvm == Choice::Native => Err(ModeError::Stock { path: path() }),
+            None => Ok(GuestMode::PvmEmulated),
+        }
+    }
+
+    /// How the kernel in a file runs on this host.
+    ///
+    /// # Errors
+    ///
+    /// It does not, or the file can't be read.
+    pub fn mode_for(&self, kernel: &Path) -> Result<GuestMode, ModeError> {
+        self.mode_of(boot::native_kernel(kernel)?, kernel)
     }
 
     /// CPUID that KVM can give to a guest.
@@ -251,7 +354,6 @@ impl Host {
         let yes = |b: bool| if b { "yes" } else { "no" }.to_owned();
         vec![
             ("flavour", self.0.flavour.name().to_owned()),
-            ("PVM remedies", if self.0.pvm { "on" } else { "off" }.to_owned()),
             ("vCPUs of a VM, at most", self.0.max_vcpus.to_string()),
             ("memslots of a VM, at most", self.0.max_memslots.to_string()),
             ("XSAVE area", format!("{} bytes", self.0.xsave_size)),

@@ -9,12 +9,16 @@
 //! the vCPU takes to enter and leave `run` and to go away, so a handle never touches either afterwards. No
 //! vCPU thread holds that mutex while it is parked, so fork(2) cannot catch it locked by one.
 
+use std::fs::File;
 use std::os::fd::RawFd;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, Once, PoisonError};
+use std::time::Duration;
 
 use vmm_sys_util::errno;
+
+use crate::stats::{self, Counters};
 
 /// Lets another thread get a vCPU out of KVM_RUN. Clones are equal; all may outlive the vCPU.
 #[derive(Debug, Clone)]
@@ -25,6 +29,36 @@ impl KickHandle {
     pub fn kick(&self) {
         self.0.requested.store(true, Ordering::SeqCst);
         self.0.interrupt();
+    }
+
+    /// Has the vCPU open its counters, if that was not done yet; what it makes of it is told by [`KickHandle::counters`].
+    pub fn want_counters(&self) {
+        let mut live = self.0.live();
+        if live.immediate_exit.is_none() || !matches!(live.counters, CountersFile::Unasked) {
+            return;
+        }
+        live.counters = CountersFile::Wanted;
+        if live.tid.is_none() {
+            // Nobody is in KVM_RUN, so the ioctl waits for nobody.
+            live.open_counters();
+            return;
+        }
+        drop(live);
+        self.0.interrupt();
+    }
+
+    /// KVM's counters of the vCPU, while it runs. None if the host has none, or the vCPU is gone, or does not open them in
+    /// that time.
+    pub fn counters(&self, patience: Duration) -> Option<Counters> {
+        self.want_counters();
+        let live = self.0.live();
+        let wanted = |live: &mut Live| matches!(live.counters, CountersFile::Wanted);
+        let waited = self.0.opened.wait_timeout_while(live, patience, wanted);
+        let (live, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        match &live.counters {
+            CountersFile::Open(file) => stats::read(file).ok(),
+            CountersFile::Unasked | CountersFile::Wanted | CountersFile::None => None,
+        }
     }
 
     /// Makes the vCPU leave and enter KVM_RUN.
@@ -38,6 +72,8 @@ impl KickHandle {
 pub(crate) struct Target {
     requested: AtomicBool,
     live: Mutex<Live>,
+    /// [`Live::counters`] were opened, or there are none.
+    opened: Condvar,
 }
 
 #[derive(Debug)]
@@ -48,6 +84,23 @@ struct Live {
     tid: Option<libc::pid_t>,
     /// The vCPU's descriptor.
     fd: RawFd,
+    counters: CountersFile,
+}
+
+/// The file of a vCPU's counters. Most VMs are never asked, so it is opened when they are first wanted; as the ioctl
+/// waits while the vCPU is in KVM_RUN, by the vCPU's own thread.
+#[derive(Debug)]
+enum CountersFile {
+    Unasked,
+    Wanted,
+    Open(File),
+    None,
+}
+
+impl Live {
+    fn open_counters(&mut self) {
+        self.counters = stats::open(self.fd).map_or(CountersFile::None, CountersFile::Open);
+    }
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -65,7 +118,13 @@ impl Target {
         let flag = FlagPtr(immediate_exit.cast());
         Arc::new(Self {
             requested: AtomicBool::new(false),
-            live: Mutex::new(Live { immediate_exit: Some(flag), tid: None, fd }),
+            live: Mutex::new(Live {
+                immediate_exit: Some(flag),
+                tid: None,
+                fd,
+                counters: CountersFile::Unasked,
+            }),
+            opened: Condvar::new(),
         })
     }
 
@@ -100,21 +159,30 @@ impl Target {
 
     /// After KVM_RUN returned EINTR: lowers the flag; true if this was a kick.
     pub(crate) fn take(&self) -> bool {
-        if let Some(FlagPtr(flag)) = self.live().immediate_exit {
+        let mut live = self.live();
+        if let Some(FlagPtr(flag)) = live.immediate_exit {
             // SAFETY: as in `interrupt`.
             unsafe { flag.as_ref() }.store(0, Ordering::SeqCst);
         }
+        if matches!(live.counters, CountersFile::Wanted) {
+            live.open_counters();
+            self.opened.notify_all();
+        }
+        drop(live);
         // Only now: a kick that comes between the two raises the flag again, and the next KVM_RUN sees it.
         self.requested.swap(false, Ordering::SeqCst)
     }
 
     /// The vCPU goes away. False if that had happened already (see [`Siblings::abandon`]).
     pub(crate) fn retire(&self) -> bool {
-        self.live().immediate_exit.take().is_some()
+        let mut live = self.live();
+        live.counters = CountersFile::None;
+        live.immediate_exit.take().is_some()
     }
 
     fn abandon(&self) {
         let mut live = self.live();
+        live.counters = CountersFile::None;
         if live.immediate_exit.take().is_some() {
             // SAFETY: the descriptor is the vCPU's, and by taking the flag we have become the one who closes it.
             unsafe { libc::close(live.fd) };

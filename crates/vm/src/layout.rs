@@ -25,8 +25,9 @@ pub const PVH_START_INFO: u64 = 0x6000;
 pub const BOOT_PARAMS: u64 = 0x7000;
 /// Initial stack pointer; the stack is only used until the kernel has its own.
 pub const BOOT_STACK: u64 = 0x8ff0;
-/// Page tables of the 64-bit entry: one PML4, one PDPT, four page directories (identity map of 4 GiB).
-pub const BOOT_PML4: u64 = 0x9000;
+/// Page tables of the 64-bit entry: one PML4, one PDPT, four page directories (identity map of 4 GiB). The PML4 is
+/// aligned to 8 KiB: where kernel mode runs natively on PVM, bit 12 of CR3 is the mode.
+pub const BOOT_PML4: u64 = 0xa000;
 /// The kernel's command line.
 pub const CMDLINE: u64 = 0x20000;
 /// Room for the command line with its NUL, in bytes. Linux on x86 keeps 2048 (`COMMAND_LINE_SIZE`).

@@ -24,12 +24,15 @@ pub mod host;
 pub mod ioapic;
 pub mod kick;
 pub mod layout;
+pub mod mode;
 pub mod msr;
 pub mod pvm;
+pub mod stats;
 pub mod vcpu;
 pub mod vm;
 
-pub use host::{Flavour, Host, HostError};
+pub use host::{Flavour, Host, HostError, HostOptions, ModeError};
 pub use kick::KickHandle;
+pub use mode::GuestMode;
 pub use vcpu::{Exit, ExitBus, Vcpu, VcpuError, VcpuState};
 pub use vm::{IrqLine, MemSlot, Vm, VmError, VmState};

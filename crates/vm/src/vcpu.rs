@@ -9,6 +9,7 @@
 
 mod configure;
 mod state;
+mod surprise;
 
 use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, RawFd};
@@ -17,15 +18,18 @@ use std::sync::Arc;
 
 use kvm_bindings::{KVM_SYSTEM_EVENT_RESET, kvm_cpuid_entry2, kvm_run};
 use kvm_ioctls::{VcpuExit, VcpuFd};
+use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::errno;
 
 use crate::host::Host;
 use crate::ioapic::{Interrupts, RaiseError};
 use crate::kick::{KickHandle, Siblings, Target};
+use crate::mode::GuestMode;
 use crate::msr::MsrError;
 use crate::pvm;
 
 pub use state::{VCPU_STATE_VERSION, VcpuState};
+pub use surprise::{Surprise, View};
 
 /// Where a guest's port and MMIO accesses go, but for the IOAPIC's. Called on vCPU threads, several at once.
 pub trait ExitBus: Sync {
@@ -75,25 +79,15 @@ pub enum VcpuError {
         /// Which, and why.
         source: MsrError,
     },
-    /// KVM_EXIT_INTERNAL_ERROR.
-    #[error("vCPU {index}: KVM internal error {suberror} at RIP {rip:#x} ({})", suberror_name(*.suberror))]
-    Internal {
+    /// An exit that nobody has a use for.
+    #[error("vCPU {index}: {source}")]
+    Surprise {
         /// The vCPU.
         index: u8,
-        /// `KVM_INTERNAL_ERROR_*` of linux/kvm.h.
-        suberror: u32,
-        /// Where the guest is.
-        rip: u64,
+        /// The exit, and where the vCPU stood.
+        source: Box<Surprise>,
     },
-    /// The CPU refused the guest's state.
-    #[error("vCPU {index}: the CPU refused to enter the guest: reason {reason:#x}")]
-    FailEntry {
-        /// The vCPU.
-        index: u8,
-        /// Hardware's reason.
-        reason: u64,
-    },
-    /// An exit that this configuration does not produce.
+    /// An exit that makes no sense.
     #[error("vCPU {index}: unexpected exit: {exit}")]
     Unexpected {
         /// The vCPU.
@@ -134,6 +128,8 @@ fn suberror_name(suberror: u32) -> &'static str {
 #[derive(Debug)]
 pub(crate) struct Shared {
     pub host: Host,
+    /// How the guest runs kernel mode.
+    pub mode: GuestMode,
     /// Number of vCPUs.
     pub count: u8,
     pub siblings: Arc<Siblings>,
@@ -156,6 +152,8 @@ pub struct Vcpu {
     cpuid: Vec<kvm_cpuid_entry2>,
     target: Arc<Target>,
     assist: Option<pvm::VcpuAssist>,
+    /// The guest's RAM.
+    ram: GuestMemoryMmap,
     run_size: usize,
     /// KVM_RUN returned something that the next KVM_RUN completes.
     unfinished: bool,
@@ -175,6 +173,7 @@ impl Vcpu {
         shared: Shared,
         mut fd: VcpuFd,
         index: u8,
+        ram: GuestMemoryMmap,
         mut assist: Option<pvm::VcpuAssist>,
     ) -> Result<Self, VcpuError> {
         let ioctl = |call| move |source| VcpuError::Ioctl { index, call, source };
@@ -203,6 +202,7 @@ impl Vcpu {
             cpuid: Vec::new(),
             target,
             assist,
+            ram,
             run_size,
             unfinished: false,
         })
@@ -273,18 +273,25 @@ impl Vcpu {
                 Ok(VcpuExit::Debug(_)) if self.assist.is_some() => {
                     self.assisted(pvm::VcpuAssist::on_debug)?;
                 }
+                // A guest of ours ends by a reset: there it is the host that did something to it.
+                Ok(VcpuExit::Shutdown) if self.shared.mode == GuestMode::PvmNative => {
+                    return Err(self.surprise("KVM_EXIT_SHUTDOWN (a triple fault)"));
+                }
                 Ok(VcpuExit::Shutdown) => return Ok(Exit::Shutdown),
                 Ok(VcpuExit::Hlt) => return Ok(Exit::Hlt),
                 Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_RESET, _)) => return Ok(Exit::Reset),
                 Ok(VcpuExit::SystemEvent(kind, _)) => return Ok(Exit::SystemEvent(kind)),
                 Ok(VcpuExit::InternalError) => return Err(self.internal_error()),
-                Ok(VcpuExit::FailEntry(reason, _)) => {
-                    return Err(VcpuError::FailEntry { index: self.index, reason });
+                Ok(VcpuExit::FailEntry(reason, cpu)) => {
+                    let exit = format!(
+                        "KVM_EXIT_FAIL_ENTRY (the CPU refused the guest's state), reason {reason:#x}, CPU {cpu}"
+                    );
+                    return Err(self.surprise(exit));
                 }
                 Ok(VcpuExit::Intr) => {}
                 Ok(other) => {
-                    let exit = format!("{other:?}");
-                    return Err(VcpuError::Unexpected { index: self.index, exit });
+                    let exit = format!("an exit that was not to be expected, {other:?}");
+                    return Err(self.surprise(exit));
                 }
             }
         }
@@ -329,13 +336,6 @@ impl Vcpu {
             }
         }
         Ok(())
-    }
-
-    fn internal_error(&mut self) -> VcpuError {
-        // SAFETY: the exit reason says that this member is valid.
-        let suberror = unsafe { self.fd.get_kvm_run().__bindgen_anon_1.internal.suberror };
-        let rip = self.fd.get_regs().map_or(0, |r| r.rip);
-        VcpuError::Internal { index: self.index, suberror, rip }
     }
 
     fn ioctl_error(&self, call: &'static str) -> impl Fn(errno::Error) -> VcpuError + use<> {

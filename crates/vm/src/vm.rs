@@ -25,6 +25,7 @@ use crate::host::Host;
 use crate::ioapic::{Interrupts, IoapicState, RaiseError};
 use crate::kick::Siblings;
 use crate::layout;
+use crate::mode::GuestMode;
 use crate::pvm;
 use crate::vcpu::{Shared, Vcpu, VcpuError};
 
@@ -70,6 +71,14 @@ pub enum VmError {
         /// Most that KVM allows.
         most: usize,
     },
+    /// The mode is not one of this host's.
+    #[error("a guest whose kernel mode is {}: this host's KVM is {host}", .mode.name())]
+    Mode {
+        /// How the guest runs kernel mode.
+        mode: GuestMode,
+        /// What the host has.
+        host: &'static str,
+    },
     /// An interrupt line is used before it has a VM, or after its VM has gone.
     #[error("interrupt {gsi}: no VM is connected")]
     Unconnected {
@@ -103,6 +112,7 @@ pub struct MemSlot {
 #[derive(Debug)]
 pub struct Vm {
     host: Host,
+    mode: GuestMode,
     fd: Arc<VmFd>,
     vcpus: u8,
     interrupts: Arc<Interrupts>,
@@ -134,12 +144,21 @@ fn ioctl(call: &'static str) -> impl Fn(errno::Error) -> VmError {
 }
 
 impl Vm {
-    /// Creates a VM over `slots`, with an interrupt controller, for `vcpus` vCPUs.
+    /// Creates a VM over `slots`, with an interrupt controller, for `vcpus` vCPUs. `mode` is what
+    /// [`Host::mode_for`] said of its kernel, or what the saved VM had.
     ///
     /// # Errors
     ///
     /// Names the ioctl or slot that failed.
-    pub fn new(host: &Host, slots: &[MemSlot], vcpus: u8) -> Result<Self, VmError> {
+    pub fn new(
+        host: &Host,
+        mode: GuestMode,
+        slots: &[MemSlot],
+        vcpus: u8,
+    ) -> Result<Self, VmError> {
+        if mode.is_pvm() != host.is_pvm() {
+            return Err(VmError::Mode { mode, host: host.flavour().name() });
+        }
         let most = u8::try_from(host.max_vcpus()).unwrap_or(u8::MAX).min(layout::MAX_VCPUS);
         if vcpus == 0 || vcpus > most {
             return Err(VmError::Vcpus { asked: vcpus, most });
@@ -155,7 +174,8 @@ impl Vm {
             lines: IrqLine(Arc::new(RwLock::new(Some(interrupts.clone())))),
             interrupts,
             siblings: Arc::default(),
-            pvm: host.is_pvm().then(pvm::Shared::new),
+            mode,
+            pvm: mode.is_emulated().then(pvm::Shared::new),
             fd,
         };
         for slot in slots {
@@ -197,7 +217,7 @@ impl Vm {
 
     /// Creates vCPU `index`, 0 to the VM's number of vCPUs. It does not know yet whether it boots
     /// ([`Vcpu::configure_boot`]) or goes on from saved state ([`Vcpu::restore`]). `ram` is the guest's RAM, for
-    /// [`crate::pvm`]; elsewhere it is not used.
+    /// [`crate::pvm`]'s remedies, and to tell the instruction of a vCPU that cannot go on.
     ///
     /// # Errors
     ///
@@ -211,11 +231,17 @@ impl Vm {
         let assist = self.pvm.as_ref().map(|s| pvm::VcpuAssist::new(ram.clone(), s.clone()));
         let shared = Shared {
             host: self.host.clone(),
+            mode: self.mode,
             count: self.vcpus,
             siblings: self.siblings.clone(),
             interrupts: self.interrupts.clone(),
         };
-        Vcpu::new(shared, fd, index, assist)
+        Vcpu::new(shared, fd, index, ram.clone(), assist)
+    }
+
+    /// How its guest runs kernel mode.
+    pub fn mode(&self) -> GuestMode {
+        self.mode
     }
 
     /// Number of vCPUs this VM was made for.

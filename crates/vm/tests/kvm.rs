@@ -9,7 +9,10 @@ use std::time::{Duration, Instant};
 
 use forkd_vm::boot::{BootEntry, Protocol};
 use forkd_vm::clock::ClockShift;
-use forkd_vm::{Exit, ExitBus, Host, MemSlot, Vcpu, VcpuState, Vm, VmState};
+use forkd_vm::pvm::native::{self, Choice, NotNative};
+use forkd_vm::{
+    Exit, ExitBus, GuestMode, Host, HostOptions, MemSlot, Vcpu, VcpuState, Vm, VmState,
+};
 use vm_memory::{
     Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
     MemoryRegionAddress,
@@ -17,7 +20,9 @@ use vm_memory::{
 
 const CODE: u64 = 0x10_0000;
 /// Where the tests' page tables go: an identity map of the first GiB.
-const PML4: u64 = 0x9000;
+const PML4: u64 = forkd_vm::layout::BOOT_PML4;
+/// Where guests that run natively on PVM have their VIF page.
+const VIF: u64 = 0x20_0000;
 
 /// Records the first hundred accesses and the last; reads give 0x5a.
 #[derive(Default)]
@@ -62,20 +67,37 @@ impl ExitBus for Record {
 }
 
 fn machine(host: &Host, code: &[u8]) -> (GuestMemoryMmap, Vm, Vcpu) {
+    machine_of(host, stock_mode(host), 3, code)
+}
+
+/// `rights` are the bits of page table entries.
+fn machine_of(
+    host: &Host,
+    mode: GuestMode,
+    rights: u64,
+    code: &[u8],
+) -> (GuestMemoryMmap, Vm, Vcpu) {
     let ram = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 64 << 20)]).unwrap();
     ram.write_slice(code, GuestAddress(CODE)).unwrap();
-    ram.write_obj((PML4 + 0x1000) | 3, GuestAddress(PML4)).unwrap();
-    ram.write_obj((PML4 + 0x2000) | 3, GuestAddress(PML4 + 0x1000)).unwrap();
+    ram.write_obj((PML4 + 0x1000) | rights, GuestAddress(PML4)).unwrap();
+    ram.write_obj((PML4 + 0x2000) | rights, GuestAddress(PML4 + 0x1000)).unwrap();
     // The fourth GiB too, as large pages need a directory: MMIO lies there.
-    ram.write_obj((PML4 + 0x3000) | 3, GuestAddress(PML4 + 0x1018)).unwrap();
+    ram.write_obj((PML4 + 0x3000) | rights, GuestAddress(PML4 + 0x1018)).unwrap();
     for i in 0..512u64 {
-        ram.write_obj((i << 21) | 0x83, GuestAddress(PML4 + 0x2000 + i * 8)).unwrap();
-        ram.write_obj((i << 21) | (3 << 30) | 0x83, GuestAddress(PML4 + 0x3000 + i * 8)).unwrap();
+        ram.write_obj((i << 21) | rights | 0x80, GuestAddress(PML4 + 0x2000 + i * 8)).unwrap();
+        ram.write_obj((i << 21) | (3 << 30) | rights | 0x80, GuestAddress(PML4 + 0x3000 + i * 8))
+            .unwrap();
     }
-    let vm = Vm::new(host, &[slot(&ram)], 1).unwrap();
+    let control = (mode == GuestMode::PvmNative).then_some(VIF | native::FEATURES);
+    let vm = Vm::new(host, mode, &[slot(&ram)], 1).unwrap();
     let mut vcpu = vm.create_vcpu(0, &ram).unwrap();
-    vcpu.configure_boot(&BootEntry { protocol: Protocol::Linux64, rip: CODE }).unwrap();
+    vcpu.configure_boot(&BootEntry { protocol: Protocol::Linux64, rip: CODE, control }).unwrap();
     (ram, vm, vcpu)
+}
+
+/// How a kernel that knows nothing of PVM runs here.
+fn stock_mode(host: &Host) -> GuestMode {
+    if host.is_pvm() { GuestMode::PvmEmulated } else { GuestMode::Hardware }
 }
 
 fn slot(ram: &GuestMemoryMmap) -> MemSlot {
@@ -208,7 +230,7 @@ fn saved_state_goes_on_in_a_new_vm_over_copied_memory_after_serialisation() {
     let bytes = postcard::to_stdvec(&(&state, &vm_state)).unwrap();
     let (state, vm_state): (VcpuState, VmState) = postcard::from_bytes(&bytes).unwrap();
     let ram2 = copy(&ram);
-    let vm2 = Vm::new(&host, &[slot(&ram2)], 1).unwrap();
+    let vm2 = Vm::new(&host, stock_mode(&host), &[slot(&ram2)], 1).unwrap();
     let mut vcpu2 = vm2.create_vcpu(0, &ram2).unwrap();
     vcpu2.restore(&state, vm_state.clock_shift()).unwrap();
     vm2.restore(&vm_state).unwrap();
@@ -309,7 +331,7 @@ fn the_tsc_goes_on_where_it_was_or_is_the_hosts_on_pvm() {
     let state = vcpu.save().unwrap();
     let vm_state = vm.save().unwrap();
     thread::sleep(Duration::from_millis(300));
-    let vm2 = Vm::new(&host, &[slot(&ram)], 1).unwrap();
+    let vm2 = Vm::new(&host, stock_mode(&host), &[slot(&ram)], 1).unwrap();
     let mut vcpu2 = vm2.create_vcpu(0, &ram).unwrap();
     vcpu2.restore(&state, vm_state.clock_shift()).unwrap();
     let restored = Instant::now();
@@ -329,11 +351,12 @@ fn the_tsc_goes_on_where_it_was_or_is_the_hosts_on_pvm() {
 
 #[test]
 fn the_command_line_fits_and_the_users_words_come_last() {
-    let host = Host::open().unwrap();
-    let line = forkd_vm::cmdline::build(&host, " foo=bar  ");
-    assert!(line.ends_with(" foo=bar"), "{line}");
-    assert!(line.len() < forkd_vm::layout::CMDLINE_MAX / 2, "{} bytes", line.len());
-    assert_eq!(line.contains("clearcpuid="), host.is_pvm(), "{line}");
+    for mode in [GuestMode::Hardware, GuestMode::PvmEmulated, GuestMode::PvmNative] {
+        let line = forkd_vm::cmdline::build(mode, " foo=bar  ");
+        assert!(line.ends_with(" foo=bar"), "{line}");
+        assert!(line.len() < forkd_vm::layout::CMDLINE_MAX / 2, "{} bytes", line.len());
+        assert_eq!(line.contains("clearcpuid="), mode.is_emulated(), "{line}");
+    }
 }
 
 #[test]
@@ -342,13 +365,13 @@ fn an_interrupt_line_works_while_a_vm_is_connected_and_says_so_otherwise() {
     let line = forkd_vm::IrqLine::unconnected();
     assert_eq!(line.pulse(5).unwrap_err().to_string(), "interrupt 5: no VM is connected");
     let ram = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 64 << 20)]).unwrap();
-    let mut vm = Vm::new(&host, &[slot(&ram)], 1).unwrap();
+    let mut vm = Vm::new(&host, stock_mode(&host), &[slot(&ram)], 1).unwrap();
     vm.adopt(&line);
     let clone = line.clone();
     clone.pulse(5).unwrap();
     vm.irq_line().pulse(19).unwrap();
     let vm2 = {
-        let mut vm2 = Vm::new(&host, &[slot(&ram)], 1).unwrap();
+        let mut vm2 = Vm::new(&host, stock_mode(&host), &[slot(&ram)], 1).unwrap();
         vm2.adopt(&line);
         vm2
     };
@@ -363,12 +386,12 @@ fn impossible_vms_are_refused_with_the_reason() {
     let host = Host::open().unwrap();
     let ram = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 64 << 20)]).unwrap();
     let good = slot(&ram);
-    let text = Vm::new(&host, &[good], 0).unwrap_err().to_string();
+    let text = Vm::new(&host, stock_mode(&host), &[good], 0).unwrap_err().to_string();
     assert_eq!(text, "0 vCPUs: must be 1 to 16");
-    let text = Vm::new(&host, &[good], 17).unwrap_err().to_string();
+    let text = Vm::new(&host, stock_mode(&host), &[good], 17).unwrap_err().to_string();
     assert_eq!(text, "17 vCPUs: must be 1 to 16");
     let odd = MemSlot { slot: 7, gpa: 0x123, ..good };
-    let text = Vm::new(&host, &[good, odd], 1).unwrap_err().to_string();
+    let text = Vm::new(&host, stock_mode(&host), &[good, odd], 1).unwrap_err().to_string();
     assert!(text.starts_with("memory slot 7 (0x4000000 bytes at guest address 0x123)"), "{text}");
 }
 
@@ -380,13 +403,180 @@ fn the_pvh_protocol_starts_in_32_bit_mode_without_paging() {
     code.extend(LOOP);
     let ram = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 64 << 20)]).unwrap();
     ram.write_slice(&code, GuestAddress(CODE)).unwrap();
-    let vm = Vm::new(&host, &[slot(&ram)], 1).unwrap();
+    let vm = Vm::new(&host, stock_mode(&host), &[slot(&ram)], 1).unwrap();
     let mut vcpu = vm.create_vcpu(0, &ram).unwrap();
-    vcpu.configure_boot(&BootEntry { protocol: Protocol::Pvh, rip: CODE }).unwrap();
+    vcpu.configure_boot(&BootEntry { protocol: Protocol::Pvh, rip: CODE, control: None }).unwrap();
     let bus = Record::default();
     run_until(&mut vcpu, &bus, 2);
     let start_info = forkd_vm::layout::PVH_START_INFO as u32;
     let expected =
         [start_info, start_info + 1].map(|n| format!("out 0xf4 {:02x?}", n.to_le_bytes()));
     assert_eq!(bus.seen(), expected);
+}
+
+/// One answer for a host, whatever it is; and the same one again, from the file.
+#[test]
+fn native_pvm_is_verified_in_good_time_and_remembered() {
+    let dir = tempfile::tempdir().unwrap();
+    let memo = dir.path().join("pvm-probe");
+    let options = HostOptions { memo: Some(memo.clone()), ..HostOptions::default() };
+    let host = Host::open_with(options.clone()).unwrap();
+    let begin = Instant::now();
+    let answer = host.native_pvm();
+    let took = begin.elapsed();
+    assert!(took < Duration::from_secs(2), "{took:?}");
+    let found = if answer.is_ok() { "native" } else { "differs" };
+    match &answer {
+        Err(NotNative::NotPvm) => assert!(!host.is_pvm() && !memo.exists()),
+        _ => assert!(host.is_pvm() && std::fs::read_to_string(&memo).unwrap().contains(found)),
+    }
+    // Of the host's own word for it, if it gives one.
+    if std::fs::read_to_string("/sys/module/kvm_pvm/parameters/pvm_native")
+        .is_ok_and(|t| t.starts_with('Y'))
+    {
+        assert_eq!(answer, Ok(()));
+    }
+    let begin = Instant::now();
+    assert_eq!(Host::open_with(options.clone()).unwrap().native_pvm(), answer);
+    let again = begin.elapsed();
+    assert!(again < Duration::from_millis(100), "{again:?}, and {took:?} at first");
+    let off = HostOptions { pvm: Choice::Emulated, ..options };
+    let refused = Host::open_with(off).unwrap().native_pvm();
+    assert!(matches!(refused, Err(NotNative::SwitchedOff | NotNative::NotPvm)), "{refused:?}");
+}
+
+/// A hundred times over: what the probe leaves behind would show.
+#[test]
+fn the_probe_leaves_nothing_behind() {
+    let count = || std::fs::read_dir("/proc/self/fd").unwrap().count();
+    let probe = || drop(Host::open().unwrap().native_pvm());
+    probe();
+    // Other tests open descriptors meanwhile.
+    let least = |n: usize| {
+        (0..n)
+            .map(|_| {
+                probe();
+                count()
+            })
+            .min()
+            .unwrap()
+    };
+    let before = least(5);
+    let after = least(50);
+    assert!(after < before + 20, "{before} descriptors, then {after}");
+}
+
+/// A guest whose kernel mode runs natively, with pages of these rights; none where the host cannot.
+fn native_machine(rights: u64, code: &[u8]) -> Option<(GuestMemoryMmap, Vm, Vcpu)> {
+    let host = Host::open().unwrap();
+    host.native_pvm().is_ok().then(|| machine_of(&host, GuestMode::PvmNative, rights, code))
+}
+
+#[test]
+fn a_native_guest_is_saved_with_its_vif_page_and_goes_on_in_another_vm() {
+    // inc eax; out 0xf4, eax; loop
+    let code = [0xff, 0xc0, 0xe7, 0xf4, 0xeb, 0xfa];
+    let Some((ram, vm, mut vcpu)) = native_machine(7, &code) else { return };
+    run_until(&mut vcpu, &Record::default(), 3);
+    let state = vcpu.save().unwrap();
+    let vm_state = vm.save().unwrap();
+    let control = state.msrs.iter().find(|(index, _)| *index == native::MSR_CONTROL);
+    // A bit that always reads 1 may be added.
+    let control = control.expect("is part of the state").1;
+    assert_eq!(control & (native::VIF_MASK | native::FEATURES), VIF | native::FEATURES);
+    let told = state.regs.rax;
+    let host = Host::open().unwrap();
+    let vm2 = Vm::new(&host, GuestMode::PvmNative, &[slot(&ram)], 1).unwrap();
+    let mut vcpu2 = vm2.create_vcpu(0, &ram).unwrap();
+    vcpu2.restore(&state, vm_state.clock_shift()).unwrap();
+    vm2.restore(&vm_state).unwrap();
+    let bus = Record::default();
+    run_until(&mut vcpu2, &bus, 1);
+    let value = (told + 1) as u32;
+    let repeated = format!("out 0xf4 {:02x?}", (told as u32).to_le_bytes());
+    let next = format!("out 0xf4 {:02x?}", value.to_le_bytes());
+    let first = bus.seen()[0].clone();
+    assert!(first == next || first == repeated, "{first} after {told:#x}");
+    // Neither kind goes on as the other.
+    let emulated = Vm::new(&host, GuestMode::PvmEmulated, &[slot(&ram)], 1).unwrap();
+    let mut vcpu3 = emulated.create_vcpu(0, &ram).unwrap();
+    let text = vcpu3.restore(&state, ClockShift::NONE).unwrap_err().to_string();
+    assert!(text.contains("saved state does not fit"), "{text}");
+    let mut other = state;
+    other.msrs.retain(|(index, _)| *index != native::MSR_CONTROL);
+    let text = vcpu2.restore(&other, ClockShift::NONE).unwrap_err().to_string();
+    assert!(text.contains("did not run natively"), "{text}");
+}
+
+#[test]
+fn what_the_host_cannot_do_in_native_mode_is_told_with_all_registers() {
+    let Some((_ram, _vm, mut vcpu)) = native_machine(7, &[0xcd, 0x50]) else { return };
+    let bus = Record::default();
+    let text = vcpu.run(&bus).unwrap_err().to_string();
+    for word in
+        ["vCPU 0: KVM_EXIT_", "kernel mode, rip 0x100000 ", "cr3 0xa000", "bytes at rip cd 50"]
+    {
+        assert!(text.contains(word), "{word}: {text}");
+    }
+}
+
+/// Kernel pages that are not the user's to the CPU: the host faults them in for ever.
+#[test]
+fn a_livelock_in_the_host_can_be_stopped_and_looked_at() {
+    let Some((_ram, _vm, mut vcpu)) = native_machine(3, &LOOP) else { return };
+    let kick = vcpu.kick_handle();
+    let begin = Instant::now();
+    let result = thread::scope(|scope| {
+        scope.spawn(move || {
+            thread::sleep(Duration::from_millis(300));
+            kick.kick();
+        });
+        vcpu.run(&Record::default())
+    });
+    assert!(begin.elapsed() < Duration::from_secs(5), "{:?}", begin.elapsed());
+    match result {
+        Ok(Exit::Kicked) => {
+            let view = vcpu.view().to_string();
+            assert!(view.contains("kernel mode, rip 0x100000 "), "{view}");
+        }
+        // A host may give up by itself, too.
+        Err(error) => assert!(error.to_string().contains("rip 0x100000 "), "{error}"),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn counters_tell_exits_by_kind_while_the_guest_runs_and_when_it_does_not() {
+    let host = Host::open().unwrap();
+    // out 0xf4, al; loop
+    let (_ram, _vm, mut vcpu) = machine(&host, &[0xe6, 0xf4, 0xeb, 0xfc]);
+    let kick = vcpu.kick_handle();
+    let (send, receive) = channel();
+    let bus = Record::default();
+    *bus.tell.lock().unwrap() = Some(send);
+    let counters = thread::scope(|scope| {
+        let handle = kick.clone();
+        let reader = scope.spawn(move || {
+            for _ in 0..10 {
+                receive.recv_timeout(Duration::from_secs(20)).expect("an access");
+            }
+            let counters = handle.counters(Duration::from_secs(20));
+            handle.kick();
+            counters
+        });
+        assert_eq!(vcpu.run(&bus).unwrap(), Exit::Kicked);
+        reader.join().unwrap()
+    });
+    // Linux 5.14 and later.
+    let Some(counters) = counters else { return };
+    let of = |name: &str, all: &[(String, u64)]| {
+        all.iter().find(|(n, _)| n == name).map(|(_, value)| *value)
+    };
+    let running = of("exits", &counters).expect("every kernel counts exits");
+    let stopped = kick.counters(Duration::ZERO).expect("they are open");
+    assert!(of("exits", &stopped) >= Some(running));
+    drop(vcpu);
+    assert_eq!(kick.counters(Duration::ZERO), None, "the vCPU is gone");
+    let (_ram, _vm, never_run) = machine(&host, &LOOP);
+    assert!(never_run.kick_handle().counters(Duration::ZERO).is_some());
 }

@@ -16,6 +16,7 @@ use forkd_api::types::{
 };
 use forkd_sys::clock::{monotonic_ns, realtime_ns};
 use forkd_sys::reactor::{Reactor, Readiness};
+use forkd_vm::GuestMode;
 
 use crate::agent_link::{AgentLink, HELLO_PORT, LinkEvent, NOTICE_PORT};
 use crate::collapsing::Collapsing;
@@ -286,6 +287,8 @@ impl Running {
                 VcpuEvent::Failed(index, error) => {
                     let why = format!("vCPU {index} cannot go on: {error}");
                     crate::log::line(&why);
+                    // With one of them gone, the others would only spin.
+                    self.engine.vcpus.request_park();
                     self.fail(why)?;
                 }
             }
@@ -356,7 +359,15 @@ impl Running {
                 }
                 Ok(())
             }
-            LinkEvent::Failed(why) => self.fail(why),
+            LinkEvent::Failed(why) => {
+                // A guest whose kernel mode runs natively may spin within KVM, which nothing else would tell.
+                if self.machine.mode() == GuestMode::PvmNative && self.phase == VmPhase::Starting {
+                    let where_it_was = self.engine.stop_and_look();
+                    crate::log::line(&format!("{why}; {where_it_was}"));
+                    return self.fail(format!("{why}; {where_it_was}"));
+                }
+                self.fail(why)
+            }
         }
     }
 

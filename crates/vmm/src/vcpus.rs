@@ -14,12 +14,14 @@
 //! To park: the wish is written, then the thread is kicked out of KVM_RUN by `immediate_exit` and a
 //! signal; see [`KickHandle`].
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use forkd_sys::clock::monotonic_ns;
 use forkd_sys::wake::Waker;
+use forkd_vm::vcpu::View;
 use forkd_vm::{Exit, ExitBus, KickHandle, Vcpu, VcpuError, VcpuState};
 
 /// How long a vCPU has to leave KVM_RUN. It takes microseconds; emulation of guest kernel code looks for
@@ -28,6 +30,9 @@ pub const PARK_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// After this it is kicked once more: the kernel refuses a signal (EAGAIN) to a user who has too many of them waiting.
 const KICK_AGAIN: Duration = Duration::from_millis(50);
+
+/// How long a vCPU may take to open its counters; it takes microseconds.
+const COUNTERS_WAIT: Duration = Duration::from_millis(50);
 
 /// Stack of a vCPU thread, in bytes. The run loop is shallow; what is touched counts for each VM.
 const STACK_BYTES: usize = 256 * 1024;
@@ -243,6 +248,29 @@ impl VcpuSet {
     /// What the vCPUs have told since the last call.
     pub fn take_events(&self) -> Vec<VcpuEvent> {
         self.slots.iter().flat_map(|slot| std::mem::take(&mut slot.control().events)).collect()
+    }
+
+    /// KVM's counters, each summed over the vCPUs. Empty if the host has none.
+    pub fn counters(&self) -> BTreeMap<String, u64> {
+        // All at once: each is to leave KVM_RUN the first time.
+        self.slots.iter().for_each(|slot| slot.kick.want_counters());
+        let mut sums = BTreeMap::new();
+        for (name, value) in
+            self.slots.iter().filter_map(|s| s.kick.counters(COUNTERS_WAIT)).flatten()
+        {
+            let sum: &mut u64 = sums.entry(name).or_default();
+            *sum = sum.wrapping_add(value);
+        }
+        sums
+    }
+
+    /// Where each vCPU stands, by index. All must be parked.
+    pub fn views(&self) -> Vec<(u8, View)> {
+        let view = |slot: &Arc<Slot>| {
+            let vcpu = slot.vcpu.lock().unwrap_or_else(PoisonError::into_inner);
+            vcpu.as_ref().map(|vcpu| (slot.index, vcpu.view()))
+        };
+        self.slots.iter().filter_map(view).collect()
     }
 
     /// When the last vCPU first ran (CLOCK_MONOTONIC, ns), once all have.

@@ -5,12 +5,18 @@
 #![allow(clippy::expect_used, clippy::unwrap_used)]
 
 use forkd_state::{Reader, StateError, Tag};
+use forkd_vm::GuestMode;
+use forkd_vm::pvm::native::MSR_CONTROL;
 use forkd_vmm::snapshot::SavedVm;
 
+/// The one of a guest whose kernel mode ran natively on PVM. The others' ran emulated.
+const NATIVE: &str = "v1/1-vcpu-native";
+
 /// Name, content and number of vCPUs of each golden file of version 1 of all sections.
-const V1: [(&str, &[u8], u8); 2] = [
+const V1: [(&str, &[u8], u8); 3] = [
     ("v1/1-vcpu", include_bytes!("golden/v1/1-vcpu.state"), 1),
     ("v1/2-vcpus", include_bytes!("golden/v1/2-vcpus.state"), 2),
+    (NATIVE, include_bytes!("golden/v1/1-vcpu-native.state"), 1),
 ];
 
 /// Where each section lies: its header's place, its tag, the range of its payload (forkd-state's format).
@@ -44,6 +50,11 @@ fn they_load_and_are_written_the_same() {
         let names: Vec<&str> = saved.devices.virtio.iter().map(|(name, _)| &**name).collect();
         assert_eq!(names, ["pmem0", "rng", "vsock", "drive0"], "{name}");
         assert!(saved.kvm.vm.clock_ns > 0, "{name}: the guest had run");
+        let native = name == NATIVE;
+        let mode = if native { GuestMode::PvmNative } else { GuestMode::PvmEmulated };
+        assert_eq!(saved.kvm.mode, mode, "{name}");
+        let control = |msrs: &[(u32, u64)]| msrs.iter().any(|(i, _)| *i == MSR_CONTROL);
+        assert!(saved.kvm.vcpus.iter().all(|vcpu| control(&vcpu.msrs) == native), "{name}");
         let written = saved.encode().expect(name);
         for ((_, tag, then), (_, same, now)) in sections(golden).into_iter().zip(sections(&written))
         {
@@ -61,6 +72,8 @@ fn each_section_is_of_the_version_that_the_directory_tells() {
         let tags: Vec<Tag> = reader.tags().collect();
         let cpus = (0..vcpus).map(|index| Tag::indexed(b"CPU", index));
         let expected = [b"MACH", b"DEVS", b"KVM "].map(Tag::new).into_iter().chain(cpus);
+        let mode = (name == NATIVE).then_some(Tag::new(b"MODE"));
+        let expected = expected.chain(mode);
         assert_eq!(tags, expected.collect::<Vec<_>>(), "{name}");
         assert!(tags.iter().all(|tag| reader.version(*tag) == Some(1)), "{name}");
     }

@@ -17,7 +17,7 @@ use forkd_memory::{AnonOptions, GuestRam, Sharing};
 use forkd_sys::clock::monotonic_ns;
 use forkd_sys::fork::{Fork, exit_now, fork};
 use forkd_sys::userfaultfd::{Features, Mode, Userfaultfd};
-use forkd_vm::{Host, MemSlot, Vm};
+use forkd_vm::{GuestMode, Host, MemSlot, Vm};
 use serde::{Deserialize, Serialize};
 
 use crate::output;
@@ -200,7 +200,8 @@ impl Args {
                 read_only: false,
             })
             .collect();
-        let vm = Vm::new(host, &slots, self.vcpus)?;
+        let mode = if host.is_pvm() { GuestMode::PvmEmulated } else { GuestMode::Hardware };
+        let vm = Vm::new(host, mode, &slots, self.vcpus)?;
         let vcpus = (0..self.vcpus)
             .map(|n| vm.create_vcpu(n, ram.guest()))
             .collect::<Result<Vec<_>, _>>()?;

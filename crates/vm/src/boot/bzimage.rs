@@ -69,7 +69,7 @@ pub fn load(
     // The byte before the magic is a short jump over the header: its operand tells where the header ends.
     let header_end = (0x202 + usize::from(head[0x201])).min(HEADER_MAX);
     Ok(Loaded {
-        entry: BootEntry { protocol: Protocol::Linux64, rip: start + ENTRY_64 },
+        entry: BootEntry { protocol: Protocol::Linux64, rip: start + ENTRY_64, control: None },
         end,
         initrd_max: u64::from(u32_at(0x22c)),
         cmdline_max: u32_at(0x238) as usize,

@@ -4,6 +4,7 @@ use vm_memory::GuestMemoryMmap;
 
 use super::{BootEntry, BootError, ElfEntry, Image, Loaded, Protocol};
 use crate::layout;
+use crate::pvm::native::{NOTE_NAME, NOTE_TYPE, NativeKernel, NoteError};
 
 /// Sizes of the ELF64 header and of a program header.
 const EHDR_LEN: usize = 64;
@@ -43,31 +44,17 @@ pub fn load(
     choice: ElfEntry,
 ) -> Result<Loaded, BootError> {
     let (entry, segments) = headers(kernel)?;
+    let notes = read_notes(kernel, &segments)?;
     let mut end = 0;
-    let mut pvh = None;
-    for segment in &segments {
-        let in_file = segment.offset.checked_add(segment.filesz).is_some_and(|e| e <= kernel.len);
-        match segment.kind {
-            PT_LOAD | PT_NOTE if !in_file => {
-                return Err(
-                    kernel.not_a_kernel("the file is cut short: a segment lies beyond its end")
-                );
-            }
-            PT_NOTE if segment.filesz <= NOTES_MAX => {
-                let notes = kernel.read(segment.offset, segment.filesz as usize)?;
-                pvh = pvh.or(pvh_entry(&notes));
-            }
-            PT_LOAD if segment.memsz > 0 => {
-                end = end.max(load_segment(ram, kernel, segment, low_end)?);
-            }
-            _ => {}
-        }
+    for segment in segments.iter().filter(|s| s.kind == PT_LOAD && s.memsz > 0) {
+        end = end.max(load_segment(ram, kernel, segment, low_end)?);
     }
     if end == 0 {
         return Err(kernel.not_a_kernel("the ELF file has no loadable segment"));
     }
-    let (protocol, rip) = match (choice, pvh) {
-        (ElfEntry::Pvh, Some(pvh)) => (Protocol::Pvh, pvh),
+    let (protocol, rip) = match (choice, notes.pvh, notes.native) {
+        // PVH enters without paging, which a kernel that runs natively on PVM cannot do.
+        (ElfEntry::Pvh, Some(pvh), None) => (Protocol::Pvh, pvh),
         _ => (Protocol::Linux64, entry),
     };
     let covered = |s: &Segment| {
@@ -77,7 +64,7 @@ pub fn load(
         return Err(kernel.not_a_kernel(format!("its entry point {rip:#x} lies in no segment")));
     }
     Ok(Loaded {
-        entry: BootEntry { protocol, rip },
+        entry: BootEntry { protocol, rip, control: notes.native.map(|n| n.control) },
         end,
         initrd_max: INITRD_MAX,
         cmdline_max: layout::CMDLINE_MAX - 1,
@@ -145,26 +132,92 @@ fn load_segment(
     Ok(end)
 }
 
-/// The PVH entry point, if the notes have one. Header, name and description are each padded to four bytes.
-fn pvh_entry(mut notes: &[u8]) -> Option<u64> {
-    while notes.len() >= 12 {
-        let (namesz, descsz, kind) = (u32_at(notes, 0), u32_at(notes, 4), u32_at(notes, 8));
-        let padded = |n: u32| usize::try_from(n).ok().and_then(|n| n.checked_next_multiple_of(4));
-        let name_end = padded(namesz)?.checked_add(12)?;
-        let desc_end = padded(descsz)?.checked_add(name_end)?;
-        if desc_end > notes.len() {
-            return None;
+/// What the notes say that matters here.
+#[derive(Default)]
+struct Notes {
+    /// The PVH entry point.
+    pvh: Option<u64>,
+    /// The kernel is ours for PVM with native kernel mode.
+    native: Option<NativeKernel>,
+}
+
+/// What an ELF kernel says of native kernel mode on PVM.
+pub fn native_kernel(kernel: &mut Image<'_>) -> Result<Option<NativeKernel>, BootError> {
+    let (_, segments) = headers(kernel)?;
+    Ok(read_notes(kernel, &segments)?.native)
+}
+
+/// Reads all notes. Segments must lie in the file, those to be loaded as well.
+fn read_notes(kernel: &mut Image<'_>, segments: &[Segment]) -> Result<Notes, BootError> {
+    let mut found = Notes::default();
+    for segment in segments.iter().filter(|s| matches!(s.kind, PT_LOAD | PT_NOTE)) {
+        if segment.offset.checked_add(segment.filesz).is_none_or(|end| end > kernel.len) {
+            return Err(kernel.not_a_kernel("the file is cut short: a segment lies beyond its end"));
         }
-        if kind == PHYS32_ENTRY && notes[12..name_end] == *b"Xen\0" {
-            return match descsz {
-                4 => Some(u64::from(u32_at(notes, name_end))),
-                8 => Some(u64_at(notes, name_end)).filter(|e| *e <= u64::from(u32::MAX)),
-                _ => None,
-            };
+        if segment.kind != PT_NOTE || segment.filesz > NOTES_MAX {
+            continue;
         }
-        notes = &notes[desc_end..];
+        let bytes = kernel.read(segment.offset, segment.filesz as usize)?;
+        for note in notes(&bytes) {
+            match (note.name, note.kind) {
+                (b"Xen\0", PHYS32_ENTRY) => found.pvh = found.pvh.or(pvh_entry(note.description)),
+                (NOTE_NAME, NOTE_TYPE) if found.native.is_none() => {
+                    let native = NativeKernel::parse(note.description);
+                    found.native = Some(native.map_err(|e| kernel.note(e))?);
+                }
+                _ => {}
+            }
+        }
     }
-    None
+    if let Some(native) = found.native {
+        check_vif_page(native, segments).map_err(|e| kernel.note(e))?;
+    }
+    Ok(found)
+}
+
+/// The page that the host is to share with the kernel must be the kernel's.
+fn check_vif_page(native: NativeKernel, segments: &[Segment]) -> Result<(), NoteError> {
+    let page = native.vif_page();
+    let holds = |s: &Segment| {
+        let end = s.paddr.saturating_add(s.memsz);
+        s.kind == PT_LOAD
+            && s.paddr <= page
+            && page.checked_add(NativeKernel::VIF_LEN).is_some_and(|e| e <= end)
+    };
+    if segments.iter().any(holds) { Ok(()) } else { Err(NoteError::VifPage(page)) }
+}
+
+/// One ELF note.
+struct Note<'a> {
+    kind: u32,
+    /// With its NUL.
+    name: &'a [u8],
+    description: &'a [u8],
+}
+
+/// The notes in a segment, up to the first that is cut short. Header, name and description are each padded to four
+/// bytes.
+fn notes(mut bytes: &[u8]) -> impl Iterator<Item = Note<'_>> {
+    std::iter::from_fn(move || {
+        let (head, rest) = bytes.split_at_checked(12)?;
+        let len = |at| usize::try_from(u32_at(head, at)).ok();
+        let (name_len, description_len) = (len(0)?, len(4)?);
+        let (name, rest) = rest.split_at_checked(name_len.checked_next_multiple_of(4)?)?;
+        let padded = description_len.checked_next_multiple_of(4)?;
+        // The last one's padding may be missing.
+        let description = rest.get(..description_len)?;
+        bytes = rest.get(padded..).unwrap_or_default();
+        Some(Note { kind: u32_at(head, 8), name: name.get(..name_len)?, description })
+    })
+}
+
+/// The entry point that a PVH note has: 4 or 8 bytes.
+fn pvh_entry(description: &[u8]) -> Option<u64> {
+    match description.len() {
+        4 => Some(u64::from(u32_at(description, 0))),
+        8 => Some(u64_at(description, 0)).filter(|e| *e <= u64::from(u32::MAX)),
+        _ => None,
+    }
 }
 
 fn u32_at(bytes: &[u8], at: usize) -> u32 {

@@ -5,6 +5,7 @@ use vm_memory::GuestMemoryMmap;
 
 use super::{BootEntry, BootError, Protocol, write};
 use crate::layout;
+use crate::mode::GuestMode;
 
 /// Selectors: `__BOOT_CS` and `__BOOT_DS` of the Linux boot protocol, then a TSS.
 const BOOT_CS: u16 = 0x10;
@@ -38,6 +39,7 @@ const RFLAGS_FIXED: u64 = 2;
 const PAGE: u64 = 4096;
 const PAGE_PRESENT: u64 = 1;
 const PAGE_WRITABLE: u64 = 2;
+const PAGE_USER: u64 = 4;
 const PAGE_LARGE: u64 = 1 << 7;
 /// Page directories of the identity map: 1 GiB each.
 const DIRECTORIES: u64 = 4;
@@ -98,9 +100,11 @@ pub fn write_descriptors(ram: &GuestMemoryMmap) -> Result<(), BootError> {
     write(ram, "the GDT", layout::BOOT_GDT, &words(GDT))
 }
 
-/// Writes page tables that map the first 4 GiB to themselves, in pages of 2 MiB.
-pub fn write_page_tables(ram: &GuestMemoryMmap) -> Result<(), BootError> {
-    let table = PAGE_PRESENT | PAGE_WRITABLE;
+/// Writes page tables that map the first 4 GiB to themselves, in pages of 2 MiB. A kernel that runs natively on PVM does
+/// so at CPL 3: its pages are the user's to the CPU.
+pub fn write_page_tables(ram: &GuestMemoryMmap, mode: GuestMode) -> Result<(), BootError> {
+    let user = if mode == GuestMode::PvmNative { PAGE_USER } else { 0 };
+    let table = PAGE_PRESENT | PAGE_WRITABLE | user;
     let pdpt = layout::BOOT_PML4 + PAGE;
     let directories = pdpt + PAGE;
     let what = "page tables";

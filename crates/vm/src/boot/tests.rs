@@ -85,6 +85,7 @@ fn args<'a>(files: &'a Files) -> LoadArgs<'a> {
         virtio_slots: &[0, 1],
         vmgenid: true,
         entry: ElfEntry::Linux64,
+        mode: GuestMode::Hardware,
     }
 }
 
@@ -106,7 +107,7 @@ fn an_elf_kernel_lands_where_it_wants_and_finds_its_parameters() {
     fs::write(&initrd, vec![7u8; 10_000]).unwrap();
     let args = LoadArgs { initrd: Some(&initrd), ..args(&files) };
     let entry = load(&ram, &args).unwrap();
-    assert_eq!(entry, BootEntry { protocol: Protocol::Linux64, rip: KERNEL_AT });
+    assert_eq!(entry, BootEntry { protocol: Protocol::Linux64, rip: KERNEL_AT, control: None });
     assert_eq!(read(&ram, KERNEL_AT, 5000), [0x90; 5000]);
     assert_eq!(read(&ram, layout::CMDLINE, 14), b"console=ttyS0\0");
     let zero_page = read(&ram, layout::BOOT_PARAMS, 4096);
@@ -127,7 +128,7 @@ fn the_pvh_entry_is_taken_only_if_asked_for_and_there() {
     let with = files(&elf(&[0x90; 4096], 4096, Some(KERNEL_AT as u32 + 16)));
     let pvh = LoadArgs { entry: ElfEntry::Pvh, ..args(&with) };
     let entry = load(&ram, &pvh).unwrap();
-    assert_eq!(entry, BootEntry { protocol: Protocol::Pvh, rip: KERNEL_AT + 16 });
+    assert_eq!(entry, BootEntry { protocol: Protocol::Pvh, rip: KERNEL_AT + 16, control: None });
     let info = read(&ram, layout::PVH_START_INFO, 4);
     assert_eq!(info, 0x336e_c578u32.to_le_bytes());
     assert_eq!(load(&ram, &args(&with)).unwrap().protocol, Protocol::Linux64);
@@ -141,7 +142,10 @@ fn a_bzimage_is_entered_at_its_64_bit_entry_with_its_own_header() {
     let files = files(&bzimage(&[0x90; 4096], 1 << 20));
     let ram = ram(MIN_RAM);
     let entry = load(&ram, &args(&files)).unwrap();
-    assert_eq!(entry, BootEntry { protocol: Protocol::Linux64, rip: KERNEL_AT + 0x200 });
+    assert_eq!(
+        entry,
+        BootEntry { protocol: Protocol::Linux64, rip: KERNEL_AT + 0x200, control: None }
+    );
     assert_eq!(read(&ram, KERNEL_AT, 4096), [0x90; 4096]);
     let header = read(&ram, layout::BOOT_PARAMS + 0x258, 8);
     assert_eq!(header, KERNEL_AT.to_le_bytes());

@@ -15,7 +15,10 @@
 //!        └──> KVM_EXIT_DEBUG ──────────> on_debug: system call, or step over the handler's first instruction
 //! ```
 //!
-//! [`active`] tells whether this is needed; nothing here costs anything elsewhere. README.md beside this file has
+//! Hosts whose PVM has an interface for it run kernel mode on the CPU, if the guest's kernel is ours for that:
+//! [`native`]. Then nothing else of this module is active.
+//!
+//! [`active`] tells whether this is PVM; nothing here costs anything elsewhere. README.md beside this file has
 //! what was measured. Known holes: an operand in memory that is no RAM (pmem, MMIO) is an error; 32-bit kernel
 //! mode, protection keys and supervisor XSAVE components are not done; `vmcall` hangs within KVM itself.
 
@@ -29,6 +32,7 @@ mod linear;
 #[cfg(test)]
 mod live_tests;
 mod metrics;
+pub mod native;
 mod probe;
 mod state;
 #[cfg(test)]

@@ -1,7 +1,9 @@
 //! A vCPU at power-on: CPUID, MSRs, local APIC, and for the first one the registers of the boot protocol.
 
-use super::{Vcpu, VcpuError};
+use super::{Shared, Vcpu, VcpuError};
 use crate::boot::{BootEntry, registers};
+use crate::mode::GuestMode;
+use crate::pvm::native;
 use crate::{clock, cpuid, msr};
 
 /// Offsets of LINT0 and LINT1 in the local APIC's page (Intel SDM volume 3, table 11-1).
@@ -27,12 +29,17 @@ impl Vcpu {
     ///
     /// Names the ioctl or MSR that failed.
     pub fn configure_boot(&mut self, entry: &BootEntry) -> Result<(), VcpuError> {
-        let cpuid = cpuid::for_vcpu(self.shared.host.cpuid(), self.index, self.shared.count);
+        let Shared { host, mode, count, .. } = &self.shared;
+        let cpuid = cpuid::for_vcpu(host.cpuid(), *mode, self.index, *count);
         self.fd.set_cpuid2(&cpuid).map_err(self.ioctl_error("KVM_SET_CPUID2"))?;
         self.cpuid = cpuid.as_slice().to_vec();
         self.msrs = msr::usable(&self.fd, self.shared.host.msrs()).map_err(self.msr_error())?;
         msr::write(&self.fd, &BOOT_MSRS).map_err(self.msr_error())?;
-        if self.shared.host.is_pvm() && self.shared.host.has_vcpu_attrs() {
+        if self.shared.mode == GuestMode::PvmNative {
+            // The first, as at restore: what follows is then of a vCPU that runs natively. The other vCPUs' kernel sets it.
+            self.msrs.insert(0, native::MSR_CONTROL);
+        }
+        if self.shared.mode.is_pvm() && self.shared.host.has_vcpu_attrs() {
             clock::set_tsc_offset(&self.fd, 0)
                 .map_err(self.ioctl_error("KVM_SET_DEVICE_ATTR(KVM_VCPU_TSC_OFFSET)"))?;
         }
@@ -44,6 +51,10 @@ impl Vcpu {
             self.fd
                 .set_regs(&registers::general(entry))
                 .map_err(self.ioctl_error("KVM_SET_REGS"))?;
+            if let Some(control) = entry.control {
+                msr::write(&self.fd, &[(native::MSR_CONTROL, control)])
+                    .map_err(self.msr_error())?;
+            }
         }
         Ok(())
     }

@@ -11,6 +11,8 @@ use serde::{Deserialize, Serialize};
 
 use super::{Vcpu, VcpuError};
 use crate::clock::{self, ClockShift};
+use crate::mode::GuestMode;
+use crate::pvm::native;
 use crate::{msr, pvm};
 
 /// Version of [`VcpuState`]'s encoding.
@@ -183,6 +185,17 @@ impl Vcpu {
         if state.pvm.is_some() != self.assist.is_some() {
             return Err(self.state_error("saved on another flavour of KVM (PVM or not)"));
         }
+        let native = state.msrs.iter().any(|(index, _)| *index == native::MSR_CONTROL);
+        if native != (self.shared.mode == GuestMode::PvmNative) {
+            let reason = if native {
+                "kernel mode ran natively"
+            } else {
+                "kernel mode did not run natively"
+            };
+            return Err(
+                self.state_error(format!("{reason}, and here it is {}", self.shared.mode.name()))
+            );
+        }
         Ok(())
     }
 
@@ -200,7 +213,7 @@ impl Vcpu {
         let Some(saved) = state.tsc_offset.filter(|_| self.shared.host.has_vcpu_attrs()) else {
             return Ok(());
         };
-        let offset = if self.shared.host.is_pvm() { 0 } else { shift.apply(saved) };
+        let offset = if self.shared.mode.is_pvm() { 0 } else { shift.apply(saved) };
         clock::set_tsc_offset(&self.fd, offset)
             .map_err(self.ioctl_error("KVM_SET_DEVICE_ATTR(KVM_VCPU_TSC_OFFSET)"))
     }

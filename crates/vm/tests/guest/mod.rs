@@ -10,7 +10,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use forkd_vm::boot::{self, ElfEntry, LoadArgs};
-use forkd_vm::{Exit, ExitBus, Host, IrqLine, KickHandle, MemSlot, Vcpu, VcpuState, Vm, VmState};
+use forkd_vm::{
+    Exit, ExitBus, GuestMode, Host, IrqLine, KickHandle, MemSlot, Vcpu, VcpuState, Vm, VmState,
+};
 use forkd_vm::{cmdline, layout};
 use vm_memory::{
     GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MemoryRegionAddress,
@@ -240,6 +242,7 @@ struct VcpuThread {
 
 /// All that is saved.
 pub struct Saved {
+    pub mode: GuestMode,
     pub vm: VmState,
     pub vcpus: Vec<VcpuState>,
 }
@@ -264,8 +267,9 @@ impl Machine {
             .map(|(start, len)| (GuestAddress(start), len as usize))
             .collect();
         let ram = GuestMemoryMmap::from_ranges(&ranges).expect("memory");
-        let vm = Vm::new(host, &slots(&ram), config.vcpus).expect("VM");
-        let line = cmdline::build(host, &config.extra);
+        let mode = host.mode_for(&config.kernel).unwrap_or_else(|e| panic!("{e}"));
+        let vm = Vm::new(host, mode, &slots(&ram), config.vcpus).expect("VM");
+        let line = cmdline::build(mode, &config.extra);
         let args = LoadArgs {
             kernel: &config.kernel,
             initrd: Some(&config.initrd),
@@ -274,6 +278,7 @@ impl Machine {
             virtio_slots: &[],
             vmgenid: true,
             entry: config.entry,
+            mode,
         };
         let entry = boot::load(&ram, &args).expect("load");
         let mut vcpus = Vec::new();
@@ -372,7 +377,7 @@ impl Machine {
 
     pub fn save(&self, vcpus: &mut [Vcpu]) -> Saved {
         let vcpus = vcpus.iter_mut().map(|v| v.save().expect("save vCPU")).collect();
-        Saved { vcpus, vm: self.vm.save().expect("save VM") }
+        Saved { mode: self.vm.mode(), vcpus, vm: self.vm.save().expect("save VM") }
     }
 
     /// In a child of fork(2): a new VM over the inherited RAM. The vCPUs are ready but do not run yet.
@@ -412,7 +417,7 @@ impl Machine {
 /// A new VM over `ram` that goes on from `saved`.
 pub fn restore(host: &Host, ram: &GuestMemoryMmap, saved: &Saved) -> (Vm, Vec<Vcpu>) {
     let count = u8::try_from(saved.vcpus.len()).expect("few vCPUs");
-    let vm = Vm::new(host, &slots(ram), count).expect("VM");
+    let vm = Vm::new(host, saved.mode, &slots(ram), count).expect("VM");
     let shift = saved.vm.clock_shift();
     let mut vcpus = Vec::new();
     for state in &saved.vcpus {

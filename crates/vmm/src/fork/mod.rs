@@ -27,7 +27,7 @@ use std::sync::Arc;
 use forkd_api::types::{ChildSpec, SourcePause, Timing};
 use forkd_sys::clock::monotonic_ns;
 use forkd_sys::fork::{Child, Fork};
-use forkd_vm::{VcpuState, VmState};
+use forkd_vm::{GuestMode, VcpuState, VmState};
 
 use self::crowd::Crowd;
 use crate::pause::Limit;
@@ -36,6 +36,8 @@ use crate::snapshot::Errand;
 /// State that KVM holds and fork(2) does not copy. Everything else of a VM is process memory.
 #[derive(Debug)]
 pub struct SavedKvm {
+    /// How the guest runs kernel mode.
+    pub mode: GuestMode,
     /// Interrupt controllers, timer, clock.
     pub vm: VmState,
     /// vCPUs, in order.

@@ -156,6 +156,7 @@ mod tests {
             cmdline: String::new(),
             drives: Vec::new(),
             boot_timeout_s: 60,
+            pvm: Default::default(),
         }
     }
 

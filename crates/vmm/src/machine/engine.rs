@@ -55,7 +55,7 @@ impl Engine {
         let virtio_slots: Vec<u8> = machine.virtio.iter().map(|d| d.slot).collect();
         // pmem comes up asynchronously: left to itself, the agent might find a scratch disk first.
         let words = format!("forkd.root=/dev/pmem0 {}", config.cmdline);
-        let cmdline = forkd_vm::cmdline::build(&machine.host, &words);
+        let cmdline = forkd_vm::cmdline::build(machine.mode(), &words);
         let args = boot::LoadArgs {
             kernel: &config.kernel,
             initrd: Some(&config.initrd),
@@ -64,6 +64,7 @@ impl Engine {
             virtio_slots: &virtio_slots,
             vmgenid: true,
             entry: boot::ElfEntry::default(),
+            mode: machine.mode(),
         };
         let entry = boot::load(machine.ram.guest(), &args).map_err(MachineError::from)?;
         for vcpu in &mut vcpus {
@@ -97,7 +98,7 @@ impl Engine {
 
     fn start(machine: &Machine, vm: Vm, vcpus: Vec<Vcpu>) -> Result<Self, VmmError> {
         let buses: Arc<dyn ExitBus + Send + Sync> = machine.buses.clone();
-        let vcpus = VcpuSet::spawn(vcpus, &buses, machine.waker(), machine.host.vcpu_slice())?;
+        let vcpus = VcpuSet::spawn(vcpus, &buses, machine.waker(), machine.mode().vcpu_slice())?;
         Ok(Self { vm, vcpus })
     }
 
@@ -119,7 +120,7 @@ impl Engine {
         clock.quiesced();
         let vm = self.vm.save().map_err(MachineError::from)?;
         clock.saved();
-        let saved = SavedKvm { vm, vcpus };
+        let saved = SavedKvm { mode: self.vm.mode(), vm, vcpus };
         let done = last(&saved, clock).map_err(QuiesceError::Last)?;
         // SAFETY: all vCPUs are parked, and only this thread, the event loop's, can resume them, which it
         // does after the witness is gone. It is here between two events and holds no lock. Other threads there
@@ -165,15 +166,31 @@ impl Engine {
         self.vcpus.abandon_in_child();
     }
 
-    /// Counters of the remedies for PVM; empty elsewhere.
+    /// Counters of KVM, which tell exits by kind, and of the remedies for PVM. Those that are zero are left out.
     pub fn metrics(&self) -> Metrics {
         let remedies = self.vm.pvm_metrics().map(|m| m.snapshot()).unwrap_or_default();
-        remedies.into_iter().map(|(name, value)| (format!("pvm.{name}"), value)).collect()
+        let remedies = remedies.into_iter().map(|(name, value)| (format!("pvm.{name}"), value));
+        let kvm = self.vcpus.counters().into_iter().filter(|(_, value)| *value > 0);
+        remedies.chain(kvm.map(|(name, value)| (format!("kvm.{name}"), value))).collect()
+    }
+
+    /// Stops all vCPUs for good, and says where they were: for a guest that does not do what it should.
+    pub fn stop_and_look(&self) -> String {
+        self.vcpus.request_park();
+        if let Err(error) = self.vcpus.wait_parked(PARK_TIMEOUT) {
+            return error.to_string();
+        }
+        let views = self.vcpus.views();
+        views
+            .iter()
+            .map(|(index, view)| format!("vCPU {index}: {view}"))
+            .collect::<Vec<_>>()
+            .join("; ")
     }
 }
 
 fn create(machine: &Machine, count: u8) -> Result<(Vm, Vec<Vcpu>), MachineError> {
-    let mut vm = Vm::new(&machine.host, &machine.slots(), count)?;
+    let mut vm = Vm::new(&machine.host, machine.mode(), &machine.slots(), count)?;
     vm.adopt(machine.wiring.line());
     let vcpus =
         (0..count).map(|i| vm.create_vcpu(i, machine.ram.guest())).collect::<Result<_, _>>()?;

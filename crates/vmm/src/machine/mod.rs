@@ -17,7 +17,7 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use forkd_api::types::{DriveConfig, Metrics, VmConfig};
+use forkd_api::types::{DriveConfig, Metrics, PvmConfig, PvmMode, VmConfig};
 use forkd_devices::bus::Bus;
 use forkd_devices::i8042::I8042;
 use forkd_devices::serial::{ConsoleLog, Serial};
@@ -32,7 +32,8 @@ use forkd_memory::{AnonOptions, GuestRam, LoadStatus};
 use forkd_snapshot::{Digest, Parent};
 use forkd_sys::reactor::{Interest, Reactor, Readiness, Token};
 use forkd_sys::wake::Waker;
-use forkd_vm::{ExitBus, Host, MemSlot, layout};
+use forkd_vm::pvm::native::Choice;
+use forkd_vm::{ExitBus, GuestMode, Host, HostError, HostOptions, MemSlot, layout};
 
 pub use forkd_devices::virtio::vsock::Gate;
 
@@ -72,6 +73,9 @@ pub enum MachineError {
     /// The kernel can't be loaded.
     #[error(transparent)]
     Boot(#[from] forkd_vm::boot::BootError),
+    /// The kernel is not for this host.
+    #[error(transparent)]
+    Mode(#[from] forkd_vm::ModeError),
     /// A file can't be used.
     #[error("{what} {path}: {source}")]
     File {
@@ -158,6 +162,8 @@ pub struct Blueprint {
     pub drives: Vec<DriveConfig>,
     /// Digest of the kernel that was booted.
     pub kernel: String,
+    /// How it runs kernel mode.
+    pub mode: GuestMode,
     /// The durable snapshot whose files RAM is mapped from, if it is: pages that were not written since are its own.
     pub base: Option<Parent>,
 }
@@ -172,13 +178,27 @@ fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Opens KVM, with what the user wants of a host with PVM.
+///
+/// # Errors
+/// It is not there, or not usable.
+pub fn open_host(pvm: &PvmConfig) -> Result<Host, HostError> {
+    let choice = match pvm.mode {
+        PvmMode::Auto => Choice::Auto,
+        PvmMode::Native => Choice::Native,
+        PvmMode::Emulated => Choice::Emulated,
+    };
+    Host::open_with(HostOptions { pvm: choice, memo: pvm.memo.clone() })
+}
+
 impl Machine {
     /// Builds a machine that is to boot.
     ///
     /// # Errors
     /// The first part that could not be had.
     pub fn build(config: &VmConfig, dir: &RunDir) -> Result<Self, MachineError> {
-        let host = Host::open()?;
+        let host = open_host(&config.pvm)?;
+        let mode = host.mode_for(&config.kernel)?;
         let ram = GuestRam::anonymous(config.mem_mib, AnonOptions { thp: true })?;
         let kernel = std::fs::read(&config.kernel).map_err(|source| MachineError::File {
             what: "kernel",
@@ -190,6 +210,7 @@ impl Machine {
             root: config.root.clone(),
             drives: config.drives.clone(),
             kernel: Digest::of(&kernel).to_string(),
+            mode,
             base: None,
         };
         let machine = Self::assemble(host, ram, blueprint, dir)?;
@@ -345,9 +366,14 @@ impl Machine {
         self.wiring.waker()
     }
 
-    /// How many children may wake up at once on this host, if that is limited.
+    /// How its guest runs kernel mode.
+    pub fn mode(&self) -> GuestMode {
+        self.blueprint.mode
+    }
+
+    /// How many children may wake up at once, if that is limited.
     pub fn waking_limit(&self) -> Option<usize> {
-        self.host.waking_limit()
+        self.mode().waking_limit()
     }
 
     /// True once the guest has asked for a reset through the keyboard controller.

@@ -20,19 +20,20 @@ use forkd_memory::{
     FileExtent, GuestRam, MemfdError, MemfdOptions, MemfdRegion, MemoryError, Sharing, WorkingSet,
 };
 use forkd_snapshot::{
-    Extent, HostFacts, Loaded, PAGE_SIZE, Parent, Platform, Resolved, SourceFile, Store,
-    Verification, check_host,
+    Extent, HostFacts, KvmFlavour, Loaded, PAGE_SIZE, Parent, Platform, Resolved, SourceFile,
+    Store, Verification, check_host,
 };
 use forkd_sys::clock::{monotonic_ns, realtime_ns};
 use forkd_sys::fds::take_inherited;
 use forkd_sys::reactor::Reactor;
-use forkd_vm::Host;
+use forkd_vm::pvm::native::NotNative;
+use forkd_vm::{GuestMode, Host};
 
 use super::state::SavedVm;
 use crate::control::Control;
 use crate::fork::{SavedKvm, child};
 use crate::lazy::{Lazy, Origin};
-use crate::machine::{Blueprint, Machine, MachineError};
+use crate::machine::{Blueprint, Machine, MachineError, open_host};
 use crate::process::{Role, VmmError, tell};
 use crate::run_dir::RunDir;
 use crate::zygote::Zygote;
@@ -118,10 +119,11 @@ fn build(
     let loaded = Store::open(&config.store)
         .and_then(|store| store.load(&config.restore_from, Verification::Remembered))
         .map_err(|e| VmmError::Config(e.to_string()))?;
-    let host = Host::open().map_err(MachineError::from)?;
+    let host = open_host(&config.pvm).map_err(MachineError::from)?;
     check(&loaded, &host).map_err(wrong)?;
     let saved = SavedVm::decode(&loaded.state).map_err(|e| wrong(format!("its state: {e}")))?;
     let manifest = &loaded.manifest;
+    check_mode(manifest.platform.kvm, saved.kvm.mode).map_err(wrong)?;
     let mem_mib = u32::try_from(manifest.mem_mib)
         .map_err(|_| wrong(format!("{} MiB of RAM", manifest.mem_mib)))?;
     // A VM is a child of the snapshot; a zygote is the snapshot.
@@ -149,6 +151,7 @@ fn build(
         root: config.root.clone(),
         drives: saved.machine.drives.iter().map(DriveConfig::from).collect(),
         kernel: manifest.kernel.clone(),
+        mode: saved.kvm.mode,
         // Of private mappings it can be told which pages were written since.
         base: matches!(config.memory, RestoredMemory::File | RestoredMemory::MemfdPrivate)
             .then(|| source.clone()),
@@ -190,14 +193,42 @@ fn working_set(origin: &Origin, size: u64, dir: &RunDir) -> WorkingSet {
 
 /// Whether the snapshot is for this host. Its kernel is in its RAM; its root image was found by digest.
 fn check(loaded: &Loaded, host: &Host) -> Result<(), String> {
-    let kvm = super::kvm_of(host).ok_or("it is not known which KVM this host has")?;
+    // Only if it matters: it may take a probe to tell.
+    let wants_native = loaded.manifest.platform.kvm == KvmFlavour::PvmNative;
+    let native = if wants_native { host.native_pvm() } else { Err(NotNative::SwitchedOff) };
+    let mode = match native {
+        Ok(()) => GuestMode::PvmNative,
+        Err(_) => GuestMode::PvmEmulated,
+    };
+    let kvm = super::kvm_of(host, mode).ok_or("it is not known which KVM this host has")?;
     let facts = HostFacts {
         platform: Platform::of_host(kvm).map_err(|e| e.to_string())?,
         kernels: vec![loaded.manifest.kernel.clone()],
         images: vec![loaded.manifest.image.digest.clone()],
     };
-    check_host(&loaded.manifest, &facts)
-        .map_err(|found| found.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))
+    check_host(&loaded.manifest, &facts).map_err(|found| {
+        let mut all: Vec<String> = found.iter().map(ToString::to_string).collect();
+        if let (true, Err(reason)) = (wants_native, native) {
+            all.push(reason.to_string());
+        }
+        all.join("; ")
+    })
+}
+
+/// Manifest and state must tell the same: neither is run on the other's word.
+fn check_mode(manifest: KvmFlavour, state: GuestMode) -> Result<(), String> {
+    let same = match manifest {
+        KvmFlavour::Pvm => state == GuestMode::PvmEmulated,
+        KvmFlavour::PvmNative => state == GuestMode::PvmNative,
+        KvmFlavour::Vmx | KvmFlavour::Svm => state == GuestMode::Hardware,
+    };
+    if same {
+        return Ok(());
+    }
+    Err(format!(
+        "its manifest says KVM flavour {manifest}, but its state is of a guest whose kernel mode is {}",
+        state.name()
+    ))
 }
 
 fn map_ram(memory: &Resolved, data: Vec<Range<u64>>, mem_mib: u32) -> Result<GuestRam, RamError> {
@@ -290,5 +321,33 @@ impl Read for DiskReader<'_> {
             (self.next, self.at) = (self.next + 1, 0);
         }
         Ok(len)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_manifest_that_says_another_mode_than_the_state_is_refused() {
+        use GuestMode::{Hardware, PvmEmulated, PvmNative};
+        let right = [
+            (KvmFlavour::Pvm, PvmEmulated),
+            (KvmFlavour::PvmNative, PvmNative),
+            (KvmFlavour::Vmx, Hardware),
+            (KvmFlavour::Svm, Hardware),
+        ];
+        for (flavour, _) in right {
+            for mode in [Hardware, PvmEmulated, PvmNative] {
+                match check_mode(flavour, mode) {
+                    Ok(()) => assert!(right.contains(&(flavour, mode))),
+                    Err(why) => {
+                        assert!(!right.contains(&(flavour, mode)));
+                        assert!(why.contains(&flavour.to_string()), "{why}");
+                        assert!(why.contains(mode.name()), "{why}");
+                    }
+                }
+            }
+        }
     }
 }

@@ -16,8 +16,8 @@ mod save;
 mod state;
 
 use forkd_snapshot::KvmFlavour;
-use forkd_vm::Host;
 use forkd_vm::host::Flavour;
+use forkd_vm::{GuestMode, Host};
 
 pub use load::{memory_of, restore};
 pub use save::{
@@ -26,12 +26,13 @@ pub use save::{
 };
 pub use state::{MachineState, SavedVm, encode};
 
-/// The host's KVM in the words of a manifest; none if it is not known.
-fn kvm_of(host: &Host) -> Option<KvmFlavour> {
-    match host.flavour() {
-        Flavour::Pvm => Some(KvmFlavour::Pvm),
-        Flavour::Vmx => Some(KvmFlavour::Vmx),
-        Flavour::Svm => Some(KvmFlavour::Svm),
-        Flavour::Unknown => None,
+/// What a guest of a mode needs of a host, in the words of a manifest; none if it is not known.
+fn kvm_of(host: &Host, mode: GuestMode) -> Option<KvmFlavour> {
+    match (host.flavour(), mode) {
+        (Flavour::Pvm, GuestMode::PvmNative) => Some(KvmFlavour::PvmNative),
+        (Flavour::Pvm, _) => Some(KvmFlavour::Pvm),
+        (Flavour::Vmx, _) => Some(KvmFlavour::Vmx),
+        (Flavour::Svm, _) => Some(KvmFlavour::Svm),
+        (Flavour::Unknown, _) => None,
     }
 }

@@ -236,7 +236,7 @@ pub(super) fn write_disks(disks: &Disks, staged: &mut Staged) -> Result<(), Save
 }
 
 pub(super) fn facts(machine: &Machine, source: &VmRecord, mode: Mode) -> Result<Facts, SaveError> {
-    let kvm = super::kvm_of(machine.host()).ok_or(SaveError::Host(
+    let kvm = super::kvm_of(machine.host(), machine.mode()).ok_or(SaveError::Host(
         "it is not known which KVM this host has, so a durable snapshot could not say where it may be used",
     ))?;
     Ok(Facts {

@@ -6,6 +6,9 @@
 //! | `DEVS` | 1 | [`DevicesState`] |
 //! | `KVM ` | 1 | [`VmState`]: IOAPIC, clock |
 //! | `CPU` and index | 1 | [`VcpuState`] of one vCPU |
+//! | `MODE` | 1 | [`ModeState`]; where it is missing, the vCPUs tell whether kernel mode was emulated |
+//!
+//! `MODE` came later, and only a guest whose kernel mode ran natively on PVM has it: the others' files are as they were.
 //!
 //! Files of each version are in `crates/vmm/tests/golden`, and load for ever.
 
@@ -13,7 +16,7 @@ use std::path::PathBuf;
 
 use forkd_api::types::DriveConfig;
 use forkd_state::{Reader, StateError, Tag, Writer};
-use forkd_vm::{VcpuState, VmState};
+use forkd_vm::{GuestMode, VcpuState, VmState};
 use serde::{Deserialize, Serialize};
 
 use crate::fork::SavedKvm;
@@ -23,6 +26,7 @@ use crate::machine::saved::DevicesState;
 const MACHINE: Tag = Tag::new(b"MACH");
 const DEVICES: Tag = Tag::new(b"DEVS");
 const KVM: Tag = Tag::new(b"KVM ");
+const MODE: Tag = Tag::new(b"MODE");
 const VERSION: u16 = 1;
 
 /// How the machine is built, besides what the manifest says.
@@ -36,6 +40,37 @@ pub struct MachineState {
     pub vcpus: u8,
     /// Forks between the cold boot and the snapshot.
     pub generation: u32,
+}
+
+/// How the guest ran kernel mode. The order is part of the format.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ModeState {
+    /// By VT-x or SVM.
+    Hardware,
+    /// Emulated, on PVM.
+    PvmEmulated,
+    /// Natively, on PVM.
+    PvmNative,
+}
+
+impl From<GuestMode> for ModeState {
+    fn from(mode: GuestMode) -> Self {
+        match mode {
+            GuestMode::Hardware => Self::Hardware,
+            GuestMode::PvmEmulated => Self::PvmEmulated,
+            GuestMode::PvmNative => Self::PvmNative,
+        }
+    }
+}
+
+impl From<ModeState> for GuestMode {
+    fn from(mode: ModeState) -> Self {
+        match mode {
+            ModeState::Hardware => Self::Hardware,
+            ModeState::PvmEmulated => Self::PvmEmulated,
+            ModeState::PvmNative => Self::PvmNative,
+        }
+    }
 }
 
 /// One block device.
@@ -101,6 +136,9 @@ fn write(
     for (index, vcpu) in (0..).zip(&kvm.vcpus) {
         writer.add(Tag::indexed(b"CPU", index), VERSION, vcpu)?;
     }
+    if kvm.mode == GuestMode::PvmNative {
+        writer.add(MODE, VERSION, &ModeState::from(kvm.mode))?;
+    }
     Ok(writer.finish())
 }
 
@@ -124,8 +162,15 @@ impl SavedVm {
         let vm: VmState = reader.section(KVM, VERSION)?;
         let vcpus = (0..machine.vcpus)
             .map(|index| reader.section::<VcpuState>(Tag::indexed(b"CPU", index), VERSION))
-            .collect::<Result<_, _>>()?;
-        Ok(Self { machine, devices, kvm: SavedKvm { vm, vcpus } })
+            .collect::<Result<Vec<_>, _>>()?;
+        let mode = if reader.has(MODE) {
+            reader.section::<ModeState>(MODE, VERSION)?.into()
+        } else if vcpus.iter().any(|vcpu| vcpu.pvm.is_some()) {
+            GuestMode::PvmEmulated
+        } else {
+            GuestMode::Hardware
+        };
+        Ok(Self { machine, devices, kvm: SavedKvm { mode, vm, vcpus } })
     }
 }
 

@@ -6,10 +6,12 @@ use std::path::Path;
 use forkd_image::ImageStore;
 use forkd_image::tools::{MKFS_EROFS, MMDEBSTRAP, SETPRIV, TAR, Tool, UNSHARE};
 use forkd_sys::unix_path::MAX_DIRECT;
+use forkd_vm::pvm::native::NotNative;
 use forkd_vm::{Flavour, Host};
 use rustix::process::Resource;
 
 use super::Check;
+use crate::assets::Flavours;
 use crate::commands::image::PYTHON;
 use crate::paths::Paths;
 use crate::{assets, host, output};
@@ -27,7 +29,8 @@ const NEED_DISK_MIB: u64 = 512;
 
 /// All checks, in the order in which they should be fixed.
 pub fn all(paths: &Paths) -> Vec<Check> {
-    let mut checks = kvm();
+    let host = host::open(paths);
+    let mut checks = kvm(&host);
     checks.extend([
         huge_pages(),
         userfaultfd(),
@@ -38,7 +41,7 @@ pub fn all(paths: &Paths) -> Vec<Check> {
         cgroup(),
         tools("image tools", &[MKFS_EROFS, TAR, SETPRIV], true),
         tools("Debian images", &[MMDEBSTRAP, UNSHARE], false),
-        kernel(paths),
+        kernel(paths, &host),
         agent(),
         image(paths),
         disk("data", &paths.data),
@@ -48,9 +51,9 @@ pub fn all(paths: &Paths) -> Vec<Check> {
     checks
 }
 
-fn kvm() -> Vec<Check> {
+fn kvm(host: &anyhow::Result<Host>) -> Vec<Check> {
     const NAME: &str = "KVM";
-    let host = match Host::open() {
+    let host = match host {
         Ok(host) => host,
         Err(e) => {
             let text = e.to_string();
@@ -59,18 +62,24 @@ fn kvm() -> Vec<Check> {
         }
     };
     let name = host.flavour().name();
-    let flavour = match host.flavour() {
-        Flavour::Pvm => Check::warn(
+    let flavour = match (host.flavour(), host.native_pvm()) {
+        (Flavour::Pvm, Ok(())) => {
+            Check::ok(NAME, format!("{name}: guests' kernel mode runs natively (verified)"))
+        }
+        (Flavour::Pvm, Err(reason)) => Check::warn(
             NAME,
             format!(
-                "{name}: guests' kernel mode is emulated, so a boot takes some 15 s; forks are quick"
+                "{name}: guests' kernel mode is emulated, so a boot takes some 15 s; forks are quick; {reason}"
             ),
-            "use a host with VT-x or SVM if boots must be quick",
+            match reason {
+                NotNative::SwitchedOff => "unset FORKD_PVM",
+                _ => "use a host with VT-x or SVM if boots must be quick",
+            },
         ),
-        Flavour::Unknown => {
+        (Flavour::Unknown, _) => {
             Check::warn(NAME, "works, but its module is unknown", "none needed if guests boot")
         }
-        Flavour::Vmx | Flavour::Svm => Check::ok(NAME, name),
+        (Flavour::Vmx | Flavour::Svm, _) => Check::ok(NAME, name),
     };
     let create = match host.kvm().create_vm() {
         Ok(_) => Check::ok("KVM VM", "can be created"),
@@ -208,10 +217,26 @@ fn tools(name: &'static str, tools: &[Tool], needed: bool) -> Check {
     if needed { Check::fail(name, found, fix) } else { Check::warn(name, found, fix) }
 }
 
-fn kernel(paths: &Paths) -> Check {
-    match assets::kernel(None, paths) {
-        Ok(path) => Check::ok("guest kernel", path.display().to_string()),
-        Err(e) => Check::fail("guest kernel", output::error_line(&e), "make kernel"),
+fn kernel(paths: &Paths, host: &anyhow::Result<Host>) -> Check {
+    const NAME: &str = "guest kernel";
+    const FIX: &str = "make kernel";
+    let Flavours { stock, native } = Flavours::find(paths);
+    let names = [("stock", stock), ("native PVM", native)];
+    let there = names.iter().filter_map(|(name, path)| path.is_some().then_some(*name));
+    let there = there.collect::<Vec<_>>().join(", ");
+    let Ok(host) = host else {
+        let found = if there.is_empty() { "none" } else { &there };
+        return Check::warn(NAME, format!("{found}; which is needed depends on KVM"), "see above");
+    };
+    match assets::kernel(None, paths, host) {
+        Ok(assets::Kernel { path, mode, advice }) => {
+            let found = format!("{} ({}); there are: {there}", path.display(), mode.name());
+            match advice {
+                Some(advice) => Check::warn(NAME, format!("{found}; {advice}"), FIX),
+                None => Check::ok(NAME, found),
+            }
+        }
+        Err(e) => Check::fail(NAME, output::error_line(&e), FIX),
     }
 }
 

@@ -31,7 +31,7 @@ const MEM_MIB: std::ops::RangeInclusive<u64> = 64..=65_536;
 /// Seconds that a boot may take by default. It takes under one, or 20 where kernel mode is emulated; a busy host
 /// stretches both.
 const BOOT_TIMEOUT_S: u32 = 60;
-const BOOT_TIMEOUT_PVM_S: u32 = 300;
+const BOOT_TIMEOUT_EMULATED_S: u32 = 300;
 /// Most block devices: vda to vdh.
 const MAX_DISKS: usize = 8;
 
@@ -252,7 +252,8 @@ impl Plan {
         persist::require_free_tag(paths, &self.tag)
     }
 
-    fn config(&self, paths: &Paths, boot_timeout_s: u32) -> Result<VmConfig> {
+    fn config(&self, paths: &Paths, host: &Host) -> Result<VmConfig> {
+        let kernel = self.kernel(paths, host)?;
         let store = ImageStore::open(&paths.data)?;
         let image = store.resolve(&self.image)?;
         store.verify(&image).with_context(|| format!("image {}", self.image))?;
@@ -262,7 +263,7 @@ impl Plan {
             name: id.clone(),
             dir: paths.vm(&id),
             id,
-            kernel: assets::kernel(self.kernel.as_deref(), paths)?,
+            kernel: kernel.path,
             initrd: assets::initrd(paths)?,
             root: image.path,
             image: self.image.clone(),
@@ -271,8 +272,20 @@ impl Plan {
             mem_mib: u32::try_from(self.mem_mib).with_context(out_of_range)?,
             cmdline: self.cmdline.clone(),
             drives: self.disks.clone(),
-            boot_timeout_s,
+            boot_timeout_s: self.boot_timeout_s.unwrap_or(match kernel.mode.is_emulated() {
+                true => BOOT_TIMEOUT_EMULATED_S,
+                false => BOOT_TIMEOUT_S,
+            }),
+            pvm: host::pvm(paths)?,
         })
+    }
+
+    fn kernel(&self, paths: &Paths, host: &Host) -> Result<assets::Kernel> {
+        let kernel = assets::kernel(self.kernel.as_deref(), paths, host)?;
+        if let Some(advice) = kernel.advice.filter(|_| !self.quiet) {
+            output::note(&format!("forkd: {advice}"));
+        }
+        Ok(kernel)
     }
 }
 
@@ -284,17 +297,13 @@ pub fn create(paths: &Paths, plan: &Plan) -> Result<Created> {
     plan.check(paths)?;
     paths.prepare_run()?;
     // /dev/kvm first: without it nothing else matters, and its message says what to do.
-    let host = Host::open()?;
-    let default = if host.is_pvm() { BOOT_TIMEOUT_PVM_S } else { BOOT_TIMEOUT_S };
-    let boot_timeout_s = plan.boot_timeout_s.unwrap_or(default);
-    drop(host);
-    let config = plan.config(paths, boot_timeout_s)?;
+    let config = plan.config(paths, &host::open(paths)?)?;
 
     let begun = Instant::now();
     let what = format!("boot {} vCPU, {} MiB, image {}", plan.vcpus, plan.mem_mib, plan.image);
     let step = Step::begin(&what, plan.quiet);
     let booted = boot::start(&config)?;
-    let info = booted.wait_ready(Duration::from_secs(boot_timeout_s.into()))?;
+    let info = booted.wait_ready(Duration::from_secs(config.boot_timeout_s.into()))?;
     let boot_ms = millis(begun.elapsed());
     step.done(&where_it_went(&info.timing));
 

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Builds forkd's guest kernel from Debian's kernel source, patches/ and forkd.config.
 #
-#   guest/kernel/build.sh          build unless cached; the last line of stdout is the path of vmlinux
+#   guest/kernel/build.sh [stock|pvm]     build unless cached; the last line of stdout is the path of vmlinux
 #   FORKD_JOBS=2 guest/kernel/build.sh
 #
+# Flavours: stock runs everywhere; pvm (forkd.config and pvm.config) only on PVM hosts with native kernel mode.
 # The result is cached under ${FORKD_CACHE:-${XDG_CACHE_HOME:-~/.cache}/forkd}/kernels/<digest>/, where
 # the digest covers the config, the patches, the version of the source package, and RECIPE. kernels/current points
-# to the newest. All progress goes to stderr. README.md tells more.
+# to the newest of stock, kernels/current-pvm to that of pvm. All progress goes to stderr. README.md tells more.
 set -euo pipefail
 
 # Raise it when a change to this script changes the kernel that comes out.
@@ -18,7 +19,18 @@ readonly BUILD_PACKAGES=(bc binutils bison flex gcc libc6-dev libelf-dev libssl-
 readonly NEED_MIB=2500
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-readonly FRAGMENT=$here/forkd.config
+readonly FLAVOUR=${1:-stock}
+case $FLAVOUR in
+stock) FRAGMENTS=("$here/forkd.config") LINK=current ;;
+pvm) FRAGMENTS=("$here/forkd.config" "$here/pvm.config") LINK=current-pvm ;;
+*)
+    printf 'kernel: error: unknown flavour "%s": stock or pvm\n' "$FLAVOUR" >&2
+    exit 2
+    ;;
+esac
+readonly FRAGMENTS LINK
+# Lines of output of each flavour's build: "flavour number".
+readonly STEPS=$here/steps
 readonly PATCHES=("$here"/patches/*.patch)
 readonly CACHE=${FORKD_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/forkd}
 readonly KERNELS=$CACHE/kernels
@@ -78,20 +90,21 @@ fail_with_log() {
 digest_for() {
     {
         printf '%s\n%s\n' "$RECIPE" "$1"
-        cat "$FRAGMENT" "${PATCHES[@]}"
+        cat "${FRAGMENTS[@]}" "${PATCHES[@]}"
     } | sha256sum | cut -c1-16
 }
 
-# Points kernels/current to the digest, and prints the kernel's path.
+# Points the flavour's link to the digest, and prints the kernel's path.
 publish() {
-    if [[ $(readlink "$KERNELS/current" || true) != "$1" ]]; then
-        ln -sfn "$1" "$KERNELS/.current.$$"
-        mv -T "$KERNELS/.current.$$" "$KERNELS/current"
+    if [[ $(readlink "$KERNELS/$LINK" || true) != "$1" ]]; then
+        ln -sfn "$1" "$KERNELS/.$LINK.$$"
+        mv -T "$KERNELS/.$LINK.$$" "$KERNELS/$LINK"
     fi
     printf '%s\n' "$KERNELS/$1/vmlinux"
 }
 
-# Names each option of the fragment that differs in the final .config; fails if there are any.
+# Names each option of the fragments that differs in the final .config; fails if there are any. Of two lines for one
+# option, the later counts.
 verify_config() {
     awk '
         function value(line,    at) {
@@ -102,17 +115,26 @@ verify_config() {
         { got = value($0) }
         key == "" { next }
         FNR == NR { final[key] = got; next }
-        {
-            have = (key in final) ? final[key] : "n"
-            if (have != got) { printf "kernel:   %s: asked for %s, got %s\n", key, got, have; bad = 1 }
+        { wanted[key] = got }
+        END {
+            for (key in wanted) {
+                have = (key in final) ? final[key] : "n"
+                if (have == wanted[key]) continue
+                printf "kernel:   %s: asked for %s, got %s\n", key, wanted[key], have
+                bad = 1
+            }
+            exit bad
         }
-        END { exit bad }
-    ' "$1" "$FRAGMENT" >&2
+    ' "$1" "${FRAGMENTS[@]}" >&2
 }
+
+# Prints how many lines of output a build of this flavour has, as the last one that was looked at had; or nothing.
+expected_steps() { awk -v flavour="$FLAVOUR" '$1 == flavour { print $2 }' "$STEPS"; }
 
 # Runs make in the background, with a line of progress every few seconds.
 compile() {
-    local started=$SECONDS shown=0 target
+    local started=$SECONDS shown=0 target expected steps
+    expected=$(expected_steps)
     make "${make_args[@]}" "-j$jobs" vmlinux >"$log" 2>&1 &
     make_pid=$!
     while kill -0 "$make_pid" 2>/dev/null; do
@@ -120,16 +142,21 @@ compile() {
         if ((SECONDS - started < shown + 5)); then continue; fi
         shown=$((SECONDS - started))
         target=$(tail -n 1 "$log" | sed 's/^ *//; s/  */ /g')
-        say "$(printf '%4d s, %4d steps: %s' "$shown" "$(wc -l <"$log")" "$target")"
+        steps=$(wc -l <"$log")
+        say "$(printf '%3d %%, %d s: %s' "$((steps < expected ? 100 * steps / expected : 99))" "$shown" "$target")"
     done
     if wait "$make_pid"; then make_pid=; else
         make_pid=
         fail_with_log "the kernel did not compile"
     fi
+    steps=$(wc -l <"$log")
+    if ((steps * 50 > expected * 51 || steps * 50 < expected * 49)); then
+        say "it took $steps steps, and $STEPS says ${expected:-nothing}: the percentages were wrong, correct the file"
+    fi
 }
 
 [[ $(uname -m) == x86_64 ]] || die "only x86_64 is supported, this is $(uname -m)"
-[[ -r $FRAGMENT ]] || die "cannot read $FRAGMENT"
+for file in "${FRAGMENTS[@]}" "$STEPS"; do [[ -r $file ]] || die "cannot read $file"; done
 
 # The usual case: the kernel is there. One dpkg-query and one sha256sum.
 if version=$(installed_version "$SOURCE_PACKAGE"); then
@@ -166,7 +193,7 @@ fi
 free_mib=$(df --output=avail -BM "$staging" | tail -n 1 | tr -dc 0-9)
 ((free_mib >= NEED_MIB)) || die "$CACHE/build has $free_mib MiB free, the build needs $NEED_MIB; free some or set FORKD_CACHE"
 
-say "building $SOURCE_PACKAGE $version with $FRAGMENT, digest $digest"
+say "building the flavour $FLAVOUR of $SOURCE_PACKAGE $version, digest $digest"
 say "unpacking $SOURCE_TAR"
 # Other architectures and the largest driver are never compiled; Kconfig and Makefiles stay.
 tar -C "$staging" -xf "$SOURCE_TAR" --strip-components=1 --one-top-level=source \
@@ -190,10 +217,10 @@ make_args=(-C "$staging/source" "O=$object")
 say "configuring"
 {
     make "${make_args[@]}" tinyconfig
-    "$staging/source/scripts/kconfig/merge_config.sh" -m -O "$object" "$object/.config" "$FRAGMENT"
+    "$staging/source/scripts/kconfig/merge_config.sh" -m -O "$object" "$object/.config" "${FRAGMENTS[@]}"
     make "${make_args[@]}" olddefconfig
 } >"$log" 2>&1 || fail_with_log "cannot configure the kernel"
-verify_config "$object/.config" || die "these options of $FRAGMENT did not take effect (a dependency is missing, or another option selects them)"
+verify_config "$object/.config" || die "these options of ${FRAGMENTS[*]} did not take effect (a dependency is missing, or another option selects them)"
 
 say "compiling with $jobs jobs"
 compile

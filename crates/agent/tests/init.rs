@@ -110,6 +110,24 @@ fn idle_interpreters_draw_other_numbers() {
 }
 
 #[test]
+fn threads_of_an_idle_interpreter_draw_other_numbers_without_a_request() {
+    let agent = TestAgent::start();
+    let fifo = agent.path().join("fifo");
+    assert!(std::process::Command::new("mkfifo").arg(&fifo).status().unwrap().success());
+    // The thread draws when it is told to, with no request in between.
+    let code = format!(
+        "import random, threading\nrandom.seed(1)\nwant = random.random()\nrandom.seed(1)\n\
+         def draw():\n    global got\n    open({:?}).read()\n    got = random.random()\n\
+         thread = threading.Thread(target=draw)\nthread.start()",
+        fifo.display()
+    );
+    eval(&agent, &code);
+    assert_eq!(send(&agent, &notice("child", Reason::Fork)).0, 204);
+    std::fs::write(&fifo, "go").unwrap();
+    assert_eq!(eval(&agent, "thread.join()\ngot != want"), "True");
+}
+
+#[test]
 fn a_busy_interpreter_draws_other_numbers_too_and_goes_on() {
     let agent = TestAgent::start();
     let fifo = agent.path().join("fifo");
@@ -189,7 +207,11 @@ fn the_environment_reaches_processes_and_running_interpreters() {
 #[test]
 fn an_interpreter_that_does_not_answer_fails_the_notice() {
     let agent = TestAgent::start();
-    eval(&agent, DRAW);
+    // It has a thread, so that the notice has to wait for it.
+    eval(
+        &agent,
+        "import threading\nthreading.Thread(target=threading.Event().wait, daemon=True).start()",
+    );
     // Stopped: it cannot reseed.
     let python = rustix::process::Pid::from_raw(agent.children()[0]).unwrap();
     rustix::process::kill_process(python, rustix::process::Signal::STOP).unwrap();

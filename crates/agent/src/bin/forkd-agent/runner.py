@@ -14,7 +14,8 @@
 #   answer   B                                           ready (once)
 #            R "1" or "0", then format, value, ...       a value; "1": of the last expression
 #            E name value traceback                      raised
-#            D                                           done with X or W
+#            D                                           done with X or W; nothing runs until the next request
+#            d                                           done, and threads go on, or a timer is set
 #            S                                           reseeded
 
 
@@ -23,6 +24,7 @@ def _forkd_main():
     import os
     import _ast
     import _signal
+    import _thread
     import builtins
     import gc
 
@@ -298,6 +300,13 @@ def _forkd_main():
     def pairs(text):
         return [tuple(item.split("=", 1)) for item in text.split("\0") if item]
 
+    thread_count, timer_of = _thread._count, _signal.getitimer
+    timers = (_signal.ITIMER_REAL, _signal.ITIMER_VIRTUAL, _signal.ITIMER_PROF)
+
+    # Whether user code may run between requests: then it must not wait for the next one to reseed.
+    def awake():
+        return thread_count() > 0 or any(timer_of(timer)[0] for timer in timers)
+
     def handle(body):
         nonlocal busy
         kind, parts = body[:1], fields(body)
@@ -312,7 +321,7 @@ def _forkd_main():
         if kind == b"W" and not answer.startswith(b"E", 4):
             freeze()
         flush()
-        send(answer + frame(b"D"))
+        send(answer + frame(b"d" if awake() else b"D"))
 
     send(frame(b"B"))
     pending = b""

@@ -123,8 +123,15 @@ impl Agent {
         context.seq += 1;
         let seq = context.seq;
         let lasting = lasting_env(&self.env, self.env_version, context);
-        let frame =
-            wire::execute(request.warm, &lasting, &request.env, &request.name, &request.code);
+        let stale = context.python.as_mut().is_some_and(|p| std::mem::take(&mut p.stale));
+        let mut frame = if stale { wire::reseed(&[]) } else { Vec::new() };
+        frame.extend(wire::execute(
+            request.warm,
+            &lasting,
+            &request.env,
+            &request.name,
+            &request.code,
+        ));
         let count = context.count;
         let deadline = request
             .limit
@@ -270,7 +277,12 @@ impl Agent {
                 }
                 self.tell_now(self.client_of(key), &Event::Error(error));
             }
-            Answer::Done => self.execution_done(key),
+            Answer::Done { awake } => {
+                if let Some(python) = &mut context.python {
+                    python.awake = awake;
+                }
+                self.execution_done(key);
+            }
         }
     }
 

@@ -88,6 +88,10 @@ struct Python {
     exited: bool,
     /// The fork notice waits for it.
     reseeding: bool,
+    /// Code of the user's may run in it between requests.
+    awake: bool,
+    /// It has to reseed before the next request.
+    stale: bool,
     /// Outputs are not read, because the client does not keep up.
     paused: bool,
     /// The last turns of the event loop in which it had answers, and output, to read.
@@ -228,6 +232,8 @@ impl Agent {
             early: String::new(),
             exited: false,
             reseeding: false,
+            awake: false,
+            stale: false,
             paused: false,
             answered_in: 0,
             wrote_in: 0,
@@ -374,7 +380,9 @@ impl Agent {
     }
 
     /// Has every interpreter reseed; returns those that will say when they have. A busy one does it
-    /// before its next bytecode, and one that is starting has no state yet: they hold no one up.
+    /// before its next bytecode, one that is starting has no state yet, and one in which nothing runs until the next
+    /// request does it then, ahead of it: they hold no one up. (Python touches a thousand pages for it, each of which
+    /// is a fault in a VM that was just forked.)
     pub fn reseed_contexts(&mut self) -> Vec<Key> {
         let mut waiting = Vec::new();
         for key in self.contexts.all.keys() {
@@ -386,6 +394,10 @@ impl Agent {
             if context.current.is_some() {
                 // Fails only if it has ended.
                 let _ = kill::process(python.pid, RESEED_SIGNAL);
+                continue;
+            }
+            if !python.awake {
+                python.stale = true;
                 continue;
             }
             python.reseeding = true;

@@ -15,7 +15,10 @@ pub enum Answer {
     /// The code raised.
     Raised(ExecutionError),
     /// The request is done.
-    Done,
+    Done {
+        /// Code of the user's may run before the next request: it has threads, or a timer that is set.
+        awake: bool,
+    },
     /// It has reseeded.
     Seeded,
 }
@@ -76,7 +79,8 @@ pub fn decode(buf: &[u8]) -> Result<Option<(Answer, usize)>, WireError> {
     let fields = fields(&body[1..])?;
     let answer = match (body[0], fields.as_slice()) {
         (b'B', []) => Answer::Ready,
-        (b'D', []) => Answer::Done,
+        (b'D', []) => Answer::Done { awake: false },
+        (b'd', []) => Answer::Done { awake: true },
         (b'S', []) => Answer::Seeded,
         (b'E', [name, value, traceback]) => Answer::Raised(ExecutionError {
             name: name.clone(),
@@ -100,11 +104,14 @@ pub fn decode(buf: &[u8]) -> Result<Option<(Answer, usize)>, WireError> {
     Ok(Some((answer, 4 + len)))
 }
 
-/// Whether this is the write that ends an execution and nothing else: `D`, alone or after the main
+/// Whether this is the write that ends an execution and nothing else: `D` or `d`, alone or after the main
 /// value or the error.
 pub fn is_last_write(buf: &[u8]) -> bool {
     const DONE: &[u8] = b"\x01\0\0\0D";
-    let Some(first) = buf.strip_suffix(DONE) else { return false };
+    const DONE_AWAKE: &[u8] = b"\x01\0\0\0d";
+    let Some(first) = buf.strip_suffix(DONE).or_else(|| buf.strip_suffix(DONE_AWAKE)) else {
+        return false;
+    };
     let Some((len, body)) = first.split_first_chunk::<4>() else { return first.is_empty() };
     let whole = u32::from_le_bytes(*len) as usize == body.len();
     whole && (body.starts_with(b"E") || body.starts_with(b"R\x01\0\0\x001"))
@@ -139,19 +146,24 @@ mod tests {
 
     #[test]
     fn the_last_write_is_told_from_others() {
-        let done = request(b'D', &[]);
+        for done in [request(b'D', &[]), request(b'd', &[])] {
+            last_write(&done);
+        }
+    }
+
+    fn last_write(done: &[u8]) {
         let main = request(b'R', &[b"1", b"text", b"2"]);
         let shown = request(b'R', &[b"0", b"text", b"2"]);
         let error = request(b'E', &[b"a", b"b", b"c"]);
         for last in [&[][..], &main, &error] {
-            assert!(is_last_write(&[last, &done].concat()));
+            assert!(is_last_write(&[last, done].concat()));
         }
         for other in [
             vec![],
             main.clone(),
-            [shown.as_slice(), &done].concat(),
-            [shown.as_slice(), &main, &done].concat(),
-            [request(b'S', &[]).as_slice(), &done].concat(),
+            [shown.as_slice(), done].concat(),
+            [shown.as_slice(), &main, done].concat(),
+            [request(b'S', &[]).as_slice(), done].concat(),
         ] {
             assert!(!is_last_write(&other), "{other:?}");
         }
@@ -166,7 +178,9 @@ mod tests {
         assert_eq!((data.text.as_deref(), data.html.as_deref()), (Some("2"), Some("<b>")));
         assert!(data.is_main_result && data.json.is_some());
         assert_eq!(decode(&value[..value.len() - 1]), Ok(None));
-        assert_eq!(decode(&request(b'D', &[])), Ok(Some((Answer::Done, 5))));
+        for (kind, awake) in [(b'D', false), (b'd', true)] {
+            assert_eq!(decode(&request(kind, &[])), Ok(Some((Answer::Done { awake }, 5))));
+        }
         for bad in [request(b'D', &[b"x"]), request(b'E', &[b"x"]), vec![0; 4], vec![0xff; 8]] {
             assert!(decode(&bad).is_err(), "{bad:?}");
         }

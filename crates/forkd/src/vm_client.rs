@@ -7,8 +7,9 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use forkd_api::client::Client;
 use forkd_api::types::{
-    Action, ChildResult, ChildSpec, ForkRequest, ForkResponse, Metrics, PersistRequest,
-    SnapshotMode, SnapshotReceipt, SnapshotRequest, VmInfo, VmPhase, ZygoteRequest, ZygoteResponse,
+    Action, ChildResult, ChildSpec, ForkRequest, ForkResponse, HotPages, Metrics, PageRanges,
+    PersistRequest, SnapshotMode, SnapshotReceipt, SnapshotRequest, VmInfo, VmPhase, ZygoteRequest,
+    ZygoteResponse,
 };
 use forkd_sys::fork::PidFd;
 use rustix::process::Signal;
@@ -170,6 +171,23 @@ impl VmClient {
     /// It does not answer.
     pub fn metrics(&self) -> Result<Metrics> {
         Ok(self.connect(QUICK)?.get_json("/metrics")?)
+    }
+
+    /// The pages that it has written since it was forked.
+    ///
+    /// # Errors
+    /// It does not answer, or does not tell of RAM like its own.
+    pub fn written(&self) -> Result<PageRanges> {
+        Ok(self.connect(QUICK)?.get_json("/written")?)
+    }
+
+    /// Has a zygote copy these pages for each child ahead of its writes.
+    ///
+    /// # Errors
+    /// It was refused.
+    pub fn set_hot(&self, pages: &HotPages) -> Result<()> {
+        self.connect(QUICK)?.send_json("PUT", "/hot", pages)?;
+        Ok(())
     }
 
     /// Ends it and waits until it is gone, with its run directory: by request, and if that does not help by

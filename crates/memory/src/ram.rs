@@ -184,6 +184,11 @@ impl GuestRam {
         self.mem_mib
     }
 
+    /// Whether `len` bytes from `gpa` lie within one region.
+    pub fn contains(&self, gpa: u64, len: u64) -> bool {
+        self.regions.iter().any(|region| region.contains(gpa, len))
+    }
+
     /// First guest-physical address after the last region.
     pub fn end_gpa(&self) -> u64 {
         self.regions.last().map_or(0, |region| region.gpa + region.len)

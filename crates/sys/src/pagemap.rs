@@ -219,21 +219,33 @@ impl Pagemap {
     /// # Errors
     /// That of `pread(2)`; `UnexpectedEof` for addresses beyond the address space.
     pub fn count_exclusive(&self, range: Range<u64>) -> io::Result<u64> {
+        let mut found = 0;
+        self.each_exclusive(range, |_| found += 1)?;
+        Ok(found)
+    }
+
+    /// Calls `each` with the address of each page that [`Pagemap::count_exclusive`] counts, ascending.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn each_exclusive(&self, range: Range<u64>, mut each: impl FnMut(u64)) -> io::Result<()> {
         const EXCLUSIVE: u64 = 1 << 56;
         let page = crate::mmap::page_size() as u64;
         let mut entries = [0u8; 4096];
         let (mut at, end) = (range.start / page, range.end.div_ceil(page));
-        let mut found = 0;
         while at < end {
             let count = (end - at).min(entries.len() as u64 / 8) as usize;
             let bytes = entries.get_mut(..count * 8).unwrap_or_default();
             self.file.read_exact_at(bytes, at * 8)?;
             let (words, _) = bytes.as_chunks::<8>();
-            let exclusive = |word: &&[u8; 8]| u64::from_ne_bytes(**word) & EXCLUSIVE != 0;
-            found += words.iter().filter(exclusive).count() as u64;
+            for (index, word) in words.iter().enumerate() {
+                if u64::from_ne_bytes(*word) & EXCLUSIVE != 0 {
+                    each((at + index as u64) * page);
+                }
+            }
             at += count as u64;
         }
-        Ok(found)
+        Ok(())
     }
 
     fn call(&mut self, args: &mut ScanArgs) -> io::Result<usize> {

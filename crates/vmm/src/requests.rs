@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use forkd_api::http::Request;
 use forkd_api::types::{
-    Action, DesiredState, ForkRequest, MAX_CHILDREN, PersistRequest, SnapshotRequest,
+    Action, DesiredState, ForkRequest, HotPages, MAX_CHILDREN, PersistRequest, SnapshotRequest,
     VmStateChange, ZygoteRequest,
 };
 use serde::de::DeserializeOwned;
@@ -23,6 +23,10 @@ pub enum VmmAction {
     WaitReady(Duration),
     /// Counters.
     Metrics,
+    /// The pages that it has written since it was forked.
+    Written,
+    /// A zygote: pages that its children write.
+    Hot(HotPages),
     /// Fork children.
     Fork(ForkRequest),
     /// Fork a zygote.
@@ -63,6 +67,8 @@ impl VmmAction {
             ("GET", "/") => Ok(Self::InstanceInfo),
             ("GET", "/vm") => parse_wait(request.query.as_deref()),
             ("GET", "/metrics") => Ok(Self::Metrics),
+            ("GET", "/written") => Ok(Self::Written),
+            ("PUT", "/hot") => body(request).map(Self::Hot),
             ("PATCH", "/vm") => body::<VmStateChange>(request).map(|c| Self::SetState(c.state)),
             ("PUT", "/actions") => body(request).map(Self::Act),
             ("POST", "/fork") => body(request).and_then(check_fork).map(Self::Fork),
@@ -71,8 +77,8 @@ impl VmmAction {
             ("POST", "/snapshot") => body(request).map(Self::Snapshot),
             (
                 method,
-                path @ ("/" | "/vm" | "/metrics" | "/actions" | "/fork" | "/zygote" | "/persist"
-                | "/snapshot"),
+                path @ ("/" | "/vm" | "/metrics" | "/written" | "/hot" | "/actions" | "/fork"
+                | "/zygote" | "/persist" | "/snapshot"),
             ) => Err(Refusal::new(405, format!("{method} is not a method of {path}"))),
             (_, path) => Err(Refusal::new(404, format!("there is no {path} in a VM's API"))),
         }

@@ -442,6 +442,14 @@ impl Serve for Running {
                 let metrics = self.machine.metrics(Some(&self.engine));
                 self.control.answer(id, 200, &metrics)?;
             }
+            VmmAction::Written => match self.machine.written() {
+                Ok(pages) => self.control.answer(id, 200, &pages)?,
+                Err(error) => return Ok(Err(Refusal::new(409, error.to_string()))),
+            },
+            VmmAction::Hot(_) => {
+                let why = "this VM runs: pages are copied ahead for children of a zygote";
+                return Ok(Err(Refusal::new(409, why)));
+            }
             VmmAction::Fork(request) => {
                 let limit = Limit::from_us(request.max_pause_us);
                 return self.fork(id, request.children, Destiny::Vm, limit);

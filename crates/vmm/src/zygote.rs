@@ -115,6 +115,12 @@ impl Serve for Zygote {
                 let metrics = self.machine.metrics(None);
                 self.control.answer(id, 200, &metrics)?;
             }
+            VmmAction::Hot(pages) => {
+                if let Err(why) = self.machine.set_hot(pages) {
+                    return Ok(Err(Refusal::new(400, why.to_string())));
+                }
+                self.control.answer_empty(id)?;
+            }
             VmmAction::Fork(request) => {
                 if let Err(error) = self.machine.ram().check_fork() {
                     return Ok(Err(Refusal::new(409, error.to_string())));
@@ -127,6 +133,7 @@ impl Serve for Zygote {
             }
             VmmAction::Persist(request) => return self.persist(id, &request),
             VmmAction::Zygote(_)
+            | VmmAction::Written
             | VmmAction::Snapshot(_)
             | VmmAction::SetState(_)
             | VmmAction::Act(_) => {

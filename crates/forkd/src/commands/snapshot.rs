@@ -6,6 +6,7 @@ mod info;
 mod ls;
 mod rm;
 mod save;
+mod trial;
 mod verify;
 
 use std::process::ExitCode;

@@ -212,6 +212,7 @@ impl Newborn<'_> {
             None => None,
         };
         engine.vcpus.resume();
+        machine.copy_for_answer();
         let (dir, forked) = match home {
             Home::ToMake(path) => (RunDir::create(path)?, true),
             Home::Made(dir) => (dir, false),

@@ -6,6 +6,7 @@
 
 pub mod config;
 pub mod engine;
+mod hot;
 mod parts;
 pub mod past;
 pub mod saved;
@@ -42,6 +43,7 @@ use crate::fork::fds::{Disposition, Registry};
 use crate::process::VmmError;
 use crate::run_dir::RunDir;
 use engine::Engine;
+use hot::Hot;
 use parts::{Root, Slots, Slotted, open_disk};
 use past::{Forebear, Past};
 use wiring::Wiring;
@@ -149,6 +151,7 @@ pub struct Machine {
     blocks: Vec<Arc<MmioTransport<Block>>>,
     blueprint: Blueprint,
     past: Past,
+    hot: Hot,
 }
 
 /// What a machine is built to, besides its RAM.
@@ -277,6 +280,7 @@ impl Machine {
             blocks,
             blueprint,
             past: Past::default(),
+            hot: Hot::default(),
         })
     }
 
@@ -506,6 +510,7 @@ impl Machine {
     /// Handles an event on a device's token.
     pub fn handle(&self, reactor: &Reactor, readiness: &Readiness) {
         self.vsock.handle(reactor, readiness);
+        self.copy_for_eval();
     }
 
     /// Accepts the guest's connections to `port` within this process.

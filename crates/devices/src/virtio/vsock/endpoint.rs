@@ -127,6 +127,12 @@ impl VsockEndpoint {
         self.transport.with_device(|vsock| vsock.muxer.listen_internal(port));
     }
 
+    /// Whether a client of the host has been let through to `port` of the guest, since the start or the fork. Of clients
+    /// that ask for dozens of ports, the later ones are not told.
+    pub fn has_reached(&self, port: u32) -> bool {
+        self.transport.with_device(|vsock| vsock.muxer.has_reached(port))
+    }
+
     /// The connections that the guest made to internal ports since this was asked last: port and stream,
     /// which does not block. Ask after [`VsockEndpoint::process`].
     pub fn take_internal_incoming(&self) -> Vec<(u32, UnixStream)> {

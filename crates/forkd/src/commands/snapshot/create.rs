@@ -12,6 +12,7 @@ use forkd_image::ImageStore;
 use forkd_vm::Host;
 use serde::Serialize;
 
+use super::trial;
 use crate::boot;
 use crate::cleanup::Guard;
 use crate::cli::OutputArgs;
@@ -324,6 +325,13 @@ pub fn create(paths: &Paths, plan: &Plan) -> Result<Created> {
     let snapshot_us = u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
     step.done("");
     booted.stop();
+    let step = Step::begin("try a child", plan.quiet);
+    let tried = trial::run(paths, &plan.tag, plan.warm.is_some());
+    step.done("");
+    if let Err(e) = tried {
+        let why = output::error_line(&e);
+        output::note(&format!("forkd: children are slower than they could be: no trial: {why}"));
+    }
     half_made.disarm();
     Ok(Created {
         tag: plan.tag.clone(),

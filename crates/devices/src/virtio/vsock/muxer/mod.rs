@@ -28,6 +28,9 @@ const MAX_INCOMING: usize = 64;
 /// The listener's place among the tokens; clients and connections come after, by their ids.
 const LISTENER: u32 = 0;
 
+/// Most ports that are remembered as asked for.
+const REACHED_MAX: usize = 64;
+
 #[derive(Debug)]
 pub(super) struct Muxer {
     guest_cid: u64,
@@ -44,6 +47,8 @@ pub(super) struct Muxer {
     /// Path of the listener: ports of the host are sockets beside it.
     path: Option<PathBuf>,
     internal_ports: HashSet<u32>,
+    /// Ports of the guest that clients of the host have asked for: the first [`REACHED_MAX`].
+    reached: HashSet<u32>,
     incoming: VecDeque<(u32, UnixStream)>,
     // The reactor's side.
     base: Token,
@@ -57,6 +62,11 @@ pub(super) struct Muxer {
 }
 
 impl Muxer {
+    /// See [`super::VsockEndpoint::has_reached`].
+    pub(super) fn has_reached(&self, port: u32) -> bool {
+        self.reached.contains(&port)
+    }
+
     pub(super) fn new(guest_cid: u64) -> Self {
         Self {
             guest_cid,
@@ -69,6 +79,7 @@ impl Muxer {
             next_host_port: FIRST_HOST_PORT,
             path: None,
             internal_ports: HashSet::new(),
+            reached: HashSet::new(),
             incoming: VecDeque::new(),
             base: Token(0),
             listener_registered: false,
@@ -133,6 +144,7 @@ impl Muxer {
         self.forget_connections();
         self.rsts = rsts;
         self.lobby = Lobby::new();
+        self.reached.clear();
         self.closed.clear();
         self.changed.clear();
         self.path = None;
@@ -262,6 +274,9 @@ impl Muxer {
         }
         for client in outcome.passed {
             self.metrics.host_connects += 1;
+            if self.reached.len() < REACHED_MAX {
+                self.reached.insert(client.port);
+            }
             match self.claim_ports(client.port) {
                 Some(ports) => {
                     let mut connection = Connection::to_guest(ports, client.stream, true);

@@ -65,7 +65,7 @@ pub(crate) const NOTE_LEN: usize = 16;
 ///
 /// | word | why |
 /// |---|---|
-/// | mitigations=off | as where kernel mode is emulated: a guest's processes are not guarded against each other's speculation; the host guards itself |
+/// | mitigations=off | a guest's processes are not guarded against each other's speculation, nor its kernel against theirs, but by page table isolation; the host guards itself |
 /// | random.trust_cpu=on | random numbers at once; rdrand runs on the CPU |
 /// | nf_conntrack.hashsize= | the connection tracker scans its whole table at intervals, in idle guests too |
 ///

@@ -61,6 +61,21 @@ pub struct VmInfo {
     pub error: Option<String>,
     /// Time marks of this VM.
     pub timing: Timing,
+    /// How the guest runs kernel mode; none if a VM process of an older forkd answers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kernel_mode: Option<KernelMode>,
+}
+
+/// How a guest runs kernel mode.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum KernelMode {
+    /// By VT-x or SVM.
+    Hardware,
+    /// Emulated, on PVM.
+    PvmEmulated,
+    /// Natively, on PVM.
+    PvmNative,
 }
 
 /// What a run directory says of its VM or zygote (`vm.json`).
@@ -527,9 +542,16 @@ mod tests {
             generation: 0,
             created_unix_ms: 1,
         };
-        let info = VmInfo { record, phase: VmPhase::Ready, error: None, timing: Timing::default() };
+        let info = VmInfo {
+            record,
+            phase: VmPhase::Ready,
+            error: None,
+            timing: Timing::default(),
+            kernel_mode: Some(KernelMode::PvmNative),
+        };
         let value = serde_json::to_value(&info).expect("encodes");
         assert_eq!((&value["id"], &value["phase"]), (&json!("vm-1"), &json!("ready")));
+        assert_eq!(value["kernel_mode"], json!("pvm-native"));
         assert!(value.get("parent").is_none() && value.get("error").is_none());
         assert_eq!(serde_json::from_value::<VmInfo>(value).expect("decodes"), info);
     }

@@ -270,8 +270,10 @@ impl Host {
         if let Some(found) = memo.as_ref().and_then(Memo::read) {
             return found;
         }
-        let found = native::verify(self);
-        if let Some(memo) = memo {
+        let verified = native::verify(self);
+        let lasting = verified.as_ref().map_or_else(|refusal| refusal.lasting, |()| true);
+        let found = verified.map_err(|refusal| refusal.reason);
+        if let Some(memo) = memo.filter(|_| lasting) {
             // Without it the next one asks again.
             let _ = memo.write(&found);
         }

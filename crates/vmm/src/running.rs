@@ -488,6 +488,7 @@ impl Running {
             phase: self.phase,
             error: self.error.clone(),
             timing: self.timing,
+            kernel_mode: Some(self.machine.kernel_mode()),
         }
     }
 

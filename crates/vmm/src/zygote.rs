@@ -108,6 +108,7 @@ impl Serve for Zygote {
                     phase: VmPhase::Zygote,
                     error: None,
                     timing: self.timing,
+                    kernel_mode: Some(self.machine.kernel_mode()),
                 };
                 self.control.answer(id, 200, &info)?;
             }

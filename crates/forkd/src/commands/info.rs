@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use anyhow::Result;
-use forkd_api::types::{Metrics, Timing, VmInfo};
+use forkd_api::types::{KernelMode, Metrics, Timing, VmInfo};
 use serde::Serialize;
 
 use crate::cli::OutputArgs;
@@ -86,6 +86,9 @@ impl Report {
             ("proportional", output::bytes(self.memory.pss)),
             ("private", output::bytes(self.memory.uss)),
         ];
+        if let Some(mode) = self.info.kernel_mode {
+            rows.push(("kernel mode", kernel_mode_name(mode).to_string()));
+        }
         if let Some(error) = &self.info.error {
             rows.push(("error", error.clone()));
         }
@@ -97,6 +100,14 @@ impl Report {
             output::line(&format!("{name:<22} {value}"))?;
         }
         Ok(())
+    }
+}
+
+fn kernel_mode_name(mode: KernelMode) -> &'static str {
+    match mode {
+        KernelMode::Hardware => "hardware",
+        KernelMode::PvmEmulated => "emulated (PVM)",
+        KernelMode::PvmNative => "native (PVM)",
     }
 }
 

@@ -31,6 +31,7 @@ mod fork;
 mod identity;
 mod io_under_load;
 mod isolation;
+mod kernel_mode;
 mod leftovers;
 mod lifecycle;
 mod live;
@@ -57,6 +58,7 @@ fn tests() -> Vec<runner::Test> {
         cli::WITH_GUEST,
         fork::TESTS,
         isolation::TESTS,
+        kernel_mode::TESTS,
         identity::TESTS,
         eval::TESTS,
         exec::TESTS,

@@ -47,6 +47,104 @@ fn elf(body: &[u8], memsz: u64, pvh: Option<u32>) -> Vec<u8> {
     file
 }
 
+/// What our note on PVM has as description.
+fn native_note(version: u32, control: u64) -> Vec<u8> {
+    let mut bytes = version.to_le_bytes().to_vec();
+    bytes.extend([0; 4]);
+    bytes.extend(control.to_le_bytes());
+    bytes
+}
+
+/// [`elf`] with a PVH note, whose note segment has one more note.
+fn elf_with_note(name: &[u8], kind: u32, description: &[u8]) -> Vec<u8> {
+    let mut file = elf(&[0x90; 4096], 8192, Some(KERNEL_AT as u32));
+    let before = file.len();
+    for word in [name.len(), description.len(), kind as usize] {
+        file.extend((word as u32).to_le_bytes());
+    }
+    for part in [name, description] {
+        file.extend(part);
+        file.resize(file.len().next_multiple_of(4), 0);
+    }
+    // The second program header's length in file and memory.
+    let added = (file.len() - before) as u64;
+    for at in [64 + 56 + 32, 64 + 56 + 40] {
+        let len = u64::from_le_bytes(file[at..at + 8].try_into().unwrap());
+        file[at..at + 8].copy_from_slice(&(len + added).to_le_bytes());
+    }
+    file
+}
+
+/// A kernel that runs natively on PVM; its VIF page is its second page.
+fn native() -> Vec<u8> {
+    elf_with_note(b"forkd\0", 0x4d_5650, &native_note(1, KERNEL_AT + 0x107f))
+}
+
+#[test]
+fn our_kernel_for_pvm_is_known_by_its_note_and_gets_user_pages() {
+    let files = files(&native());
+    let found = native_kernel(&files.kernel).unwrap().unwrap();
+    assert_eq!(found.vif_page(), KERNEL_AT + 0x1000);
+    // PVH cannot be: it enters without paging.
+    for entry in [ElfEntry::Linux64, ElfEntry::Pvh] {
+        let ram = ram(MIN_RAM);
+        let args = LoadArgs { mode: GuestMode::PvmNative, entry, ..args(&files) };
+        let entry = load(&ram, &args).unwrap();
+        assert_eq!((entry.protocol, entry.control), (Protocol::Linux64, Some(found.control)));
+        for table in 0..3 {
+            let first = read(&ram, layout::BOOT_PML4 + table * 4096, 1)[0];
+            assert_eq!(first & 7, 7, "level {table}");
+        }
+    }
+    // Elsewhere pages are the kernel's alone.
+    let stock = self::files(&elf(&[0x90; 4096], 4096, None));
+    assert_eq!(native_kernel(&stock.kernel).unwrap(), None);
+    let ram = ram(MIN_RAM);
+    load(&ram, &self::args(&stock)).unwrap();
+    for table in 0..3 {
+        assert_eq!(read(&ram, layout::BOOT_PML4 + table * 4096, 1)[0] & 7, 3);
+    }
+    for (files, mode) in [(&files, GuestMode::PvmEmulated), (&stock, GuestMode::PvmNative)] {
+        let text = message(load(&ram, &LoadArgs { mode, ..self::args(files) }));
+        assert!(text.contains("has changed"), "{text}");
+    }
+}
+
+#[test]
+fn a_note_on_pvm_that_is_of_no_use_is_named() {
+    let says = |file: &[u8], word: &str| {
+        let files = files(file);
+        let text = native_kernel(&files.kernel).unwrap_err().to_string();
+        assert!(text.starts_with("kernel /") && text.contains(word), "{text}");
+        assert_eq!(message(load(&ram(MIN_RAM), &args(&files))), text);
+    };
+    let note = |description: &[u8]| elf_with_note(b"forkd\0", 0x4d_5650, description);
+    says(&note(&native_note(2, KERNEL_AT | 0x7f)), "version 2");
+    says(&note(&native_note(1, KERNEL_AT | 0xff)), "features 0xff");
+    says(&note(&native_note(1, KERNEL_AT | 0x7f)[..12]), "12 bytes");
+    // In no segment, beyond the end of one, and at the end of the address space.
+    for page in [0, KERNEL_AT - 0x1000, KERNEL_AT + 0x2000, !0xfff] {
+        says(&note(&native_note(1, page | 0x7f)), "where nothing of the kernel is");
+    }
+    // Others' notes are none of our business.
+    let description = native_note(2, 0);
+    for file in [
+        elf_with_note(b"forkd", 0x4d_5650, &description),
+        elf_with_note(b"Forkd\0", 0x4d_5650, &description),
+        elf_with_note(b"forkd\0", 0x4d_5651, &description),
+        elf_with_note(b"", 0x4d_5650, &description),
+    ] {
+        assert_eq!(native_kernel(&files(&file).kernel).unwrap(), None);
+    }
+    // One that is longer than its segment ends the list.
+    let mut cut = native();
+    let at = cut.len() - 16 - 8 - 12;
+    cut[at + 4..at + 8].copy_from_slice(&u32::MAX.to_le_bytes());
+    assert_eq!(native_kernel(&files(&cut).kernel).unwrap(), None);
+    assert_eq!(native_kernel(&files(b"#!/bin/sh").kernel).unwrap(), None);
+    assert!(native_kernel(&PathBuf::from("/nonexistent")).is_err());
+}
+
 /// A bzImage that wants `init_size` bytes at [`KERNEL_AT`].
 fn bzimage(body: &[u8], init_size: u32) -> Vec<u8> {
     let mut file = vec![0; 1024];
@@ -214,23 +312,29 @@ proptest! {
     /// Hostile kernels give an error or load; they never panic or write outside RAM.
     #[test]
     fn a_damaged_kernel_does_no_harm(
-        bz in any::<bool>(),
+        kind in 0..3,
         damage in prop::collection::vec((0usize..1100, any::<u8>()), 1..12),
         cut in prop::option::of(0usize..6000),
     ) {
-        let mut file = if bz {
-            bzimage(&[0x90; 4096], 1 << 20)
-        } else {
-            elf(&[0x90; 4096], 8192, Some(KERNEL_AT as u32))
+        let mut file = match kind {
+            0 => bzimage(&[0x90; 4096], 1 << 20),
+            1 => elf(&[0x90; 4096], 8192, Some(KERNEL_AT as u32)),
+            _ => native(),
         };
         for (at, byte) in damage {
+            // The headers, or the notes at the end.
             let len = file.len();
+            let at = if at < 500 { at } else { len - at % 64 - 1 };
             file[at % len] = byte;
         }
         file.truncate(cut.unwrap_or(file.len()));
         let files = files(&file);
-        let entry = if bz { ElfEntry::Linux64 } else { ElfEntry::Pvh };
-        let _ = load(&ram(MIN_RAM), &LoadArgs { entry, ..args(&files) });
+        let entry = if kind == 1 { ElfEntry::Pvh } else { ElfEntry::Linux64 };
+        let mode = if kind == 2 { GuestMode::PvmNative } else { GuestMode::Hardware };
+        if let Ok(Some(native)) = native_kernel(&files.kernel) {
+            prop_assert!(native.vif_page() >= 0x1000);
+        }
+        let _ = load(&ram(MIN_RAM), &LoadArgs { entry, mode, ..args(&files) });
     }
 
     #[test]

@@ -29,7 +29,10 @@ pub fn kernel() -> PathBuf {
         .or_else(|| std::env::var_os("XDG_CACHE_HOME").map(|d| PathBuf::from(d).join("forkd")))
         .or_else(|| std::env::var_os("HOME").map(|d| PathBuf::from(d).join(".cache/forkd")))
         .expect("HOME is set");
-    cache.join("kernels/current/vmlinux")
+    // The flavour that this host runs quicker, as forkd takes it.
+    let native = cache.join("kernels/current-pvm/vmlinux");
+    let runs = Host::open().is_ok_and(|host| host.native_pvm().is_ok());
+    if native.exists() && runs { native } else { cache.join("kernels/current/vmlinux") }
 }
 
 /// Compiles init.c and packs it into an initramfs in `dir`.

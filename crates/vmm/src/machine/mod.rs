@@ -18,7 +18,7 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use forkd_api::types::{DriveConfig, Metrics, PvmConfig, PvmMode, VmConfig};
+use forkd_api::types::{DriveConfig, KernelMode, Metrics, PvmConfig, PvmMode, VmConfig};
 use forkd_devices::bus::Bus;
 use forkd_devices::i8042::I8042;
 use forkd_devices::serial::{ConsoleLog, Serial};
@@ -373,6 +373,15 @@ impl Machine {
     /// How its guest runs kernel mode.
     pub fn mode(&self) -> GuestMode {
         self.blueprint.mode
+    }
+
+    /// The same, in the words of the API.
+    pub fn kernel_mode(&self) -> KernelMode {
+        match self.mode() {
+            GuestMode::Hardware => KernelMode::Hardware,
+            GuestMode::PvmEmulated => KernelMode::PvmEmulated,
+            GuestMode::PvmNative => KernelMode::PvmNative,
+        }
     }
 
     /// How many children may wake up at once, if that is limited.

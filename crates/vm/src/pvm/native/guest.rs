@@ -43,6 +43,8 @@ const USER_PAGE: u64 = 0xe000;
 const USER_CODE: u64 = 0x4000_0000;
 /// See [`USER_PAGE`].
 pub const USER_GS: u64 = USER_CODE + 0x800;
+/// The same in physical memory.
+pub const USER_DATA: u64 = USER_PAGE + (USER_GS - USER_CODE);
 
 /// Port and value that end the guest.
 pub const PORT: u16 = 0xf4;
@@ -110,7 +112,7 @@ pub fn load(memory: &GuestMemoryMmap) -> Result<(), GuestMemoryError> {
     // RSP0.
     memory.write_obj(FRAME, GuestAddress(TSS + 4))?;
     memory.write_obj(KERNEL_MAGIC, GuestAddress(KERNEL_GS))?;
-    memory.write_obj(USER_MAGIC, GuestAddress(USER_PAGE + (USER_GS - USER_CODE)))?;
+    memory.write_obj(USER_MAGIC, GuestAddress(USER_DATA))?;
     let frame = [USER_CODE, USER_CS.into(), USER_FLAGS, USER_GS, USER_DS.into()];
     for (at, word) in (FRAME..).step_by(8).zip(frame) {
         memory.write_obj(word, GuestAddress(at))?;

@@ -7,9 +7,9 @@
 //!
 //! | when | what |
 //! |---|---|
-//! | start | [`probe`](fn@verify): is the interface there, and does it do what our kernel relies on? Remembered ([`memo`]) |
+//! | start | `probe.rs`: is the interface there, and does it do what our kernel relies on? Remembered ([`memo`]) |
 //! | boot | page tables with U/S = 1, the PML4 aligned to 8 KiB ([`crate::boot`]); [`MSR_CONTROL`] on vCPU 0 |
-//! | boot | CPUID without what such a kernel must not use ([`cpuid`]) |
+//! | boot | CPUID without what such a kernel must not use (`cpuid.rs`) |
 //! | save, restore | [`MSR_CONTROL`] goes with the other MSRs |
 //! | any surprise | the VM fails, with all that is known of the vCPU ([`crate::vcpu::Surprise`]) |
 //!
@@ -60,12 +60,12 @@ pub(crate) const NOTE_TYPE: u32 = 0x4d_5650;
 /// Length of the note's description: version and reserved (u32 each), control (u64).
 pub(crate) const NOTE_LEN: usize = 16;
 
-/// Words for the kernel's command line. What emulation needs is not there: CPUID is filtered ([`cpuid`]), kernel
+/// Words for the kernel's command line. What emulation needs is not there: CPUID is filtered (`cpuid.rs`), kernel
 /// mode is quick, and page table isolation, which the kernel forces on, is what keeps user mode out of the kernel.
 ///
 /// | word | why |
 /// |---|---|
-/// | mitigations=off | as where kernel mode is emulated: a guest's processes are not guarded against each other's speculation; the host guards itself |
+/// | mitigations=off | a guest's processes are not guarded against each other's speculation, nor its kernel against theirs, but by page table isolation; the host guards itself |
 /// | random.trust_cpu=on | random numbers at once; rdrand runs on the CPU |
 /// | nf_conntrack.hashsize= | the connection tracker scans its whole table at intervals, in idle guests too |
 ///

@@ -55,7 +55,9 @@ enum No {
     Thread(std::io::Error),
     #[error("a test guest got {0} at RIP {1:#x}, CR3 {2:#x}")]
     Exit(String, u64, u64),
-    #[error("a test guest did not end within {} ms", LIMIT.as_millis())]
+    #[error("a test guest spins and does not end")]
+    Livelock,
+    #[error("a test guest did not end within {} ms: the host is busy", LIMIT.as_millis())]
     TimeLimit,
     #[error("a test guest hangs in KVM_RUN and cannot be stopped")]
     Hangs,
@@ -63,22 +65,49 @@ enum No {
     Wrong(#[from] guest::Wrong),
 }
 
-/// Verifies the interface; an error is why it must not be used. Takes some milliseconds, a second at most.
-pub fn verify(host: &Host) -> Result<(), String> {
-    ask(host).map_err(|no| no.to_string())
+/// Why the interface must not be used.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Refusal {
+    /// For people.
+    pub reason: String,
+    /// It would be the same the next time: not for want of memory or time.
+    pub lasting: bool,
 }
 
-fn ask(host: &Host) -> Result<(), No> {
+/// Verifies the interface. Takes some milliseconds, two seconds at most.
+pub fn verify(host: &Host) -> Result<(), Refusal> {
+    ask(host, |_| ()).map_err(|no| Refusal { reason: no.to_string(), lasting: no.is_lasting() })
+}
+
+impl No {
+    fn is_lasting(&self) -> bool {
+        match self {
+            Self::Absent
+            | Self::Identity(_)
+            | Self::Features(_)
+            | Self::Msr(_)
+            | Self::Exit(..)
+            | Self::Livelock
+            | Self::Wrong(_) => true,
+            Self::Ioctl(..) | Self::Memory | Self::Thread(_) | Self::TimeLimit | Self::Hangs => {
+                false
+            }
+        }
+    }
+}
+
+/// `adjust` may change the guest before it runs.
+fn ask(host: &Host, adjust: fn(&GuestMemoryMmap)) -> Result<(), No> {
     let (send, receive) = sync_channel::<Message>(2);
     let host = host.clone();
     // All that the guest needs belongs to its thread: should that never end, nothing is pulled from under it.
     let spawned = thread::Builder::new().name("pvm-probe".into()).spawn(move || {
-        let answer = attempt(&host, &send);
+        let answer = attempt(&host, adjust, &send);
         // Whoever asked may have lost patience.
         let _ = send.send(Message::Answer(answer));
     });
     let thread = spawned.map_err(No::Thread)?;
-    let end = Instant::now() + LIMIT + GRACE;
+    let mut end = Instant::now() + LIMIT + GRACE;
     let mut target = None;
     let mut wait = LIMIT;
     loop {
@@ -86,6 +115,7 @@ fn ask(host: &Host) -> Result<(), No> {
             Ok(Message::Started(started)) => {
                 target = Some(started);
                 wait = LIMIT;
+                end = Instant::now() + LIMIT + GRACE;
             }
             Ok(Message::Answer(answer)) => {
                 // It has nothing left to do.
@@ -93,10 +123,12 @@ fn ask(host: &Host) -> Result<(), No> {
                 return answer;
             }
             Err(RecvTimeoutError::Disconnected) => return Err(No::Hangs),
-            Err(RecvTimeoutError::Timeout) if Instant::now() > end => return Err(No::Hangs),
             Err(RecvTimeoutError::Timeout) => {
                 if let Some(target) = &target {
                     target.kick();
+                }
+                if Instant::now() > end {
+                    return Err(No::Hangs);
                 }
                 wait = KICK_EVERY;
             }
@@ -111,10 +143,15 @@ enum Message {
     Answer(Result<(), No>),
 }
 
-fn attempt(host: &Host, tell: &SyncSender<Message>) -> Result<(), No> {
+fn attempt(
+    host: &Host,
+    adjust: fn(&GuestMemoryMmap),
+    tell: &SyncSender<Message>,
+) -> Result<(), No> {
     let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), guest::LEN as usize)])
         .map_err(|_| No::Memory)?;
     guest::load(&memory).map_err(|_| No::Memory)?;
+    adjust(&memory);
     let address = memory.get_host_address(GuestAddress(0)).map_err(|_| No::Memory)?;
     let vm = host.kvm().create_vm().map_err(ioctl("KVM_CREATE_VM"))?;
     let region = kvm_userspace_memory_region {
@@ -210,15 +247,18 @@ fn run(vcpu: &mut VcpuFd, tell: &SyncSender<Message>) -> Result<(), No> {
     target.enter();
     // Nobody listens only if the asker is gone, and then the answer is not wanted either.
     let _ = tell.send(Message::Started(crate::kick::KickHandle(target.clone())));
+    let before = cpu_time();
     let outcome = match vcpu.run() {
         Ok(VcpuExit::IoOut(guest::PORT, data)) if *data == guest::DONE.to_le_bytes() => Ok(()),
         Ok(other) => Err(format!("{other:?}")),
         Err(e) if e.errno() == libc::EINTR => Err(String::new()),
         Err(e) => Err(format!("an error of KVM_RUN, {e},")),
     };
+    let used = cpu_time().saturating_sub(before);
     target.leave();
     target.retire();
     outcome.map_err(|exit| match exit.as_str() {
+        "" if used > LIMIT / 4 => No::Livelock,
         "" => No::TimeLimit,
         _ => {
             let rip = vcpu.get_regs().map_or(0, |r| r.rip);
@@ -228,6 +268,55 @@ fn run(vcpu: &mut VcpuFd, tell: &SyncSender<Message>) -> Result<(), No> {
     })
 }
 
+/// CPU time of the calling thread.
+fn cpu_time() -> Duration {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the call writes to `time`, which lives until after it.
+    let rc = unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &raw mut time) };
+    debug_assert_eq!(rc, 0, "every Linux has this clock");
+    Duration::new(time.tv_sec.unsigned_abs(), u32::try_from(time.tv_nsec).unwrap_or(0))
+}
+
 fn ioctl(call: &'static str) -> impl Fn(errno::Error) -> No {
     move |source| No::Ioctl(call, source)
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::Bytes;
+
+    use super::*;
+
+    /// A guest that a host does not run as ours is what a host that does not run ours as it should would be.
+    #[test]
+    fn whatever_comes_of_the_guest_is_told_in_good_time() {
+        let Ok(host) = Host::open() else { return };
+        if ask(&host, |_| ()).is_err() {
+            return;
+        }
+        let wrong = |adjust| ask(&host, adjust).expect_err("the guest was spoiled");
+        // A write to the user's page, where GS leads in user mode.
+        let no = wrong(|m| m.write_obj(0u64, GuestAddress(guest::USER_DATA)).unwrap());
+        assert!(matches!(no, No::Wrong(_)) && no.to_string().contains("GS in user mode"), "{no}");
+        // int 0x50
+        let no = wrong(|m| m.write_obj(0x50cdu16, GuestAddress(guest::ENTRY)).unwrap());
+        assert!(matches!(no, No::Exit(..)) && no.to_string().contains("RIP 0xb000"), "{no}");
+        // jmp to itself
+        let begin = Instant::now();
+        let no = wrong(|m| m.write_obj(0xfeebu16, GuestAddress(guest::ENTRY)).unwrap());
+        assert!(matches!(no, No::Livelock | No::TimeLimit), "{no}");
+        // Kernel pages that are not the user's to the CPU: the host faults for ever, or says so.
+        let no = wrong(|m| {
+            let entry = m.read_obj::<u64>(GuestAddress(guest::PML4)).unwrap();
+            m.write_obj(entry & !4, GuestAddress(guest::PML4)).unwrap();
+        });
+        assert!(matches!(no, No::Livelock | No::TimeLimit | No::Exit(..)), "{no}");
+        assert!(begin.elapsed() < 2 * (LIMIT + GRACE), "{:?}", begin.elapsed());
+    }
+
+    #[test]
+    fn only_what_would_be_the_same_again_is_remembered() {
+        assert!(No::Livelock.is_lasting() && No::Identity(7).is_lasting());
+        assert!(!No::TimeLimit.is_lasting() && !No::Memory.is_lasting() && !No::Hangs.is_lasting());
+    }
 }

@@ -31,6 +31,15 @@ impl KickHandle {
         self.0.interrupt();
     }
 
+    /// Whether the vCPU's thread sleeps in KVM_RUN: its guest has halted, or is waiting for the host. Of the moment, and for
+    /// choosing a good one; false if it cannot be told.
+    pub fn is_asleep(&self) -> bool {
+        let Some(tid) = self.0.live().tid else { return false };
+        let stat = std::fs::read_to_string(format!("/proc/self/task/{tid}/stat"));
+        // The name, in parentheses, may hold anything; the state is the first field behind it (proc_pid_stat(5)).
+        stat.is_ok_and(|s| s.rsplit_once(')').is_some_and(|(_, rest)| rest.starts_with(" S")))
+    }
+
     /// Has the vCPU open its counters, if that was not done yet; what it makes of it is told by [`KickHandle::counters`].
     pub fn want_counters(&self) {
         let mut live = self.0.live();

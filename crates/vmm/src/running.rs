@@ -43,6 +43,10 @@ pub enum Announce {
     Source(io::PipeWriter),
 }
 
+/// How long a zygote waits for its guest to come to rest, and how often it is looked at meanwhile.
+const SETTLE: Duration = Duration::from_millis(100);
+const SETTLE_LOOK: Duration = Duration::from_millis(2);
+
 /// A client that waits until the VM is ready or has failed.
 struct Waiter {
     request: RequestId,
@@ -76,6 +80,8 @@ pub struct Running {
     waiters: Vec<Waiter>,
     /// A zygote that is wanted once the guest has rehearsed the fork notice.
     rehearsing: Option<(RequestId, ChildSpec, Limit)>,
+    /// Until when that zygote waits for the guest to be idle.
+    settle_until: Option<Instant>,
 }
 
 /// What [`Running::new`] puts together.
@@ -121,6 +127,7 @@ impl Running {
             costs: Costs::default(),
             waiters: Vec::new(),
             rehearsing: None,
+            settle_until: None,
         }
     }
 
@@ -229,6 +236,12 @@ impl Running {
                 self.machine.set_latest(snapshot);
             }
             self.load_rest();
+            if self.settle_until.is_some() {
+                match self.after_rehearsal()? {
+                    Flow::Go => {}
+                    other => return Ok(other),
+                }
+            }
             self.control.answer_forks()?;
             self.answer_waiters()?;
         }
@@ -238,7 +251,8 @@ impl Running {
         let now = Instant::now();
         let waiters = self.waiters.iter().map(|w| w.deadline.saturating_duration_since(now)).min();
         let ram = self.lazy.as_ref().and_then(Lazy::next_deadline);
-        [waiters, self.control.offspring.next_deadline(), ram].into_iter().flatten().min()
+        let settle = self.settle_until.map(|_| SETTLE_LOOK);
+        [waiters, self.control.offspring.next_deadline(), ram, settle].into_iter().flatten().min()
     }
 
     fn dispatch(&mut self, readiness: Readiness) -> io::Result<Flow> {
@@ -376,6 +390,9 @@ impl Running {
         if self.link.is_busy() || self.collapsing.is_some() {
             return Ok(Flow::Go);
         }
+        if self.rehearsing.is_some() && !self.has_settled() {
+            return Ok(Flow::Go);
+        }
         let Some((request, spec, limit)) = self.rehearsing.take() else { return Ok(Flow::Go) };
         match self.fork(request, vec![spec], Destiny::Zygote, limit)? {
             Ok(flow) => Ok(flow),
@@ -384,6 +401,18 @@ impl Running {
                 Ok(Flow::Go)
             }
         }
+    }
+
+    /// Whether the guest has come to rest, or has had [`SETTLE`] for it. What it is still at in the instant of the fork, such
+    /// as the last bytecodes of the interpreter that warmed it, every child would do again.
+    fn has_settled(&mut self) -> bool {
+        let now = Instant::now();
+        let until = *self.settle_until.get_or_insert(now + SETTLE);
+        let settled = self.engine.vcpus.are_asleep() || now >= until;
+        if settled {
+            self.settle_until = None;
+        }
+        settled
     }
 
     /// Tells the guest who it is.

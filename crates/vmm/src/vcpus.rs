@@ -250,6 +250,11 @@ impl VcpuSet {
         self.slots.iter().flat_map(|slot| std::mem::take(&mut slot.control().events)).collect()
     }
 
+    /// Whether all of them sleep, as those of an idle guest do; see [`KickHandle::is_asleep`].
+    pub fn are_asleep(&self) -> bool {
+        self.slots.iter().all(|slot| slot.kick.is_asleep())
+    }
+
     /// KVM's counters, each summed over the vCPUs. Empty if the host has none.
     pub fn counters(&self) -> BTreeMap<String, u64> {
         // All at once: each is to leave KVM_RUN the first time.

@@ -8,7 +8,7 @@ use anyhow::Result;
 use serde::Serialize;
 
 use crate::cli::OutputArgs;
-use crate::output;
+use crate::{host, output};
 use crate::paths::Paths;
 
 /// Check this host
@@ -20,6 +20,9 @@ use crate::paths::Paths;
   forkd doctor
   forkd doctor --json | jq '.checks[] | select(.verdict != \"ok\")'")]
 pub struct Args {
+    /// Print only which flavour of the guest kernel this host runs: stock or pvm
+    #[arg(long)]
+    kernel_flavour: bool,
     #[command(flatten)]
     output: OutputArgs,
 }
@@ -72,6 +75,11 @@ impl Args {
     /// # Errors
     /// Standard output can't be written. Findings are no errors but decide the status.
     pub fn run(self, paths: &Paths) -> Result<ExitCode> {
+        if self.kernel_flavour {
+            let native = host::open(paths)?.native_pvm().is_ok();
+            output::line(if native { "pvm" } else { "stock" })?;
+            return Ok(ExitCode::SUCCESS);
+        }
         let checks = checks::all(paths);
         let has = |verdict| checks.iter().any(|c| c.verdict == verdict);
         let verdict = match (has(Verdict::Fail), has(Verdict::Warn)) {

@@ -64,8 +64,10 @@ doctor: build ## check this host
 	@$(FORKD) doctor
 
 .PHONY: bench
-bench: build kernel image ## measure what forks cost here
-	@$(FORKD) bench
+bench: build image ## measure what forks cost here, on both flavours of the kernel where both run
+	@if [[ $$($(FORKD) doctor --kernel-flavour) == pvm ]]; then \
+		$(MAKE) kernel FLAVOUR=both; $(FORKD) bench; FORKD_PVM=emulated $(FORKD) bench --rounds 10; \
+	else $(MAKE) kernel; $(FORKD) bench; fi
 
 .PHONY: bench-branch
 bench-branch: build kernel image ## measure branches and snapshots, and plot it (most of an hour)

@@ -8,7 +8,7 @@ mod stats;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
-use forkd_api::types::Timing;
+use forkd_api::types::{KernelMode, Timing};
 use forkd_vm::Host;
 use serde::Serialize;
 
@@ -16,6 +16,7 @@ use crate::cleanup::{self, Guard};
 use crate::cli::OutputArgs;
 use crate::commands::bench_floor::{Floor, Kind};
 use crate::commands::image::{self, PYTHON};
+use crate::commands::info::kernel_mode_name;
 use crate::commands::snapshot::{Created, Plan, Warm, create, where_it_went};
 use crate::paths::Paths;
 use crate::process_memory::Anonymous;
@@ -90,6 +91,8 @@ pub struct Row {
 #[derive(Debug, Serialize)]
 struct Report {
     kvm: &'static str,
+    /// How the guests' kernel mode runs.
+    kernel_mode: Option<KernelMode>,
     kernel: String,
     cpus: usize,
     vcpus: u8,
@@ -167,8 +170,11 @@ impl Args {
         step.done("");
         let measures =
             Measures::take(paths, source, self.rounds, self.children as usize, self.output.json)?;
+        let mode = source.client.info()?.kernel_mode;
+        let emulated = mode == Some(KernelMode::PvmEmulated);
         Ok(Report {
             kvm: Host::open()?.flavour().name(),
+            kernel_mode: mode,
             kernel: rustix::system::uname().release().to_string_lossy().into_owned(),
             cpus: std::thread::available_parallelism().map_or(0, usize::from),
             vcpus: record.vcpus,
@@ -176,48 +182,71 @@ impl Args {
             resident,
             rounds: self.rounds,
             boot: created.map(|c| c.boot),
-            measures: rows(&floor, &measures, created),
+            measures: rows(&floor, &measures, created, emulated),
         })
     }
 }
 
-fn rows(floor: &Floor, measures: &Measures, created: Option<&Created>) -> Vec<Row> {
+/// What each measure must reach: where guests' kernel mode is emulated, and where it runs on the CPU. From the issues that
+/// asked for it, for two-core hosts and 512 MiB.
+const BARS: &[(&str, &str, &str)] = &[
+    ("cold boot to agent", "20 s", "1.5 s"),
+    ("boot and warm", "50 s", "3 s"),
+    ("source pause", "2 ms, p99 6 ms", "0.9 ms, p99 1.1 ms"),
+    ("fork to vCPUs running", "2 x floor", "1.7 x floor"),
+    ("fork to agent answering", "-", "8 ms"),
+    ("fork to eval answering", "-", "12 ms"),
+    ("100 children to all agents answering", "-", "1 s"),
+    ("100 children to all evaluated", "8 s", "-"),
+    ("sustained with an eval", "-", "150"),
+    ("USS before first eval", "2 MiB", "1.5 MiB"),
+    ("USS after first eval", "6 MiB", "1.9 MiB"),
+];
+
+fn rows(floor: &Floor, measures: &Measures, created: Option<&Created>, emulated: bool) -> Vec<Row> {
     let ms = |ns: &[u64]| ns.iter().map(|n| *n as f64 / 1e6).collect::<Samples>();
     let total = ms(&floor.total_ns);
     let floor_p50 = total.summary().map(|s| s.p50);
     let mut rows = Vec::new();
-    let mut add = |name: &str, unit, samples: &Samples, to_floor: bool, target| {
+    let mut add = |name: &str, unit, samples: &Samples, to_floor: bool| {
         if let Some(summary) = samples.summary() {
             let ratio_to_floor =
                 floor_p50.filter(|f| to_floor && *f > 0.0).map(|f| summary.p50 / f);
+            let bar = BARS.iter().find(|(of, ..)| *of == name);
+            let target = bar.map(|(_, slow, quick)| if emulated { *slow } else { *quick });
             rows.push(Row { name: name.to_string(), unit, summary, ratio_to_floor, target });
         }
     };
     let boot = created.map(|c| c.boot_ms as f64 / 1e3).into_iter().collect();
-    add("cold boot to agent", "s", &boot, false, Some("20 s"));
-    add("floor: fork(2)", "ms", &ms(&floor.fork_ns), false, None);
-    add("floor: KVM VM", "ms", &ms(&floor.kvm_ns), false, None);
-    add("floor: both", "ms", &total, true, None);
-    add("source pause", "ms", &measures.pause_ms, true, Some("2 ms, p99 6 ms"));
-    add("fork to vCPUs running", "ms", &measures.running_ms, true, Some("2 x floor"));
-    add("fork to agent answering", "ms", &measures.ready_ms, true, None);
-    add("fork to eval answering", "ms", &measures.answer_ms, true, None);
-    add("branch to vCPUs running", "ms", &measures.branch_ms, true, None);
-    let many = format!("{} children to all answering", measures.many);
-    add(&many, "s", &measures.many_s, false, Some("8 s for 100"));
-    add("sustained", "children/s", &measures.per_second, false, None);
-    add("PSS before first eval", "MiB", &measures.pss_before, false, None);
-    add("PSS after first eval", "MiB", &measures.pss_after, false, None);
-    add("USS before first eval", "MiB", &measures.uss_before, false, Some("2 MiB"));
-    add("USS after first eval", "MiB", &measures.uss_after, false, Some("6 MiB"));
+    add("cold boot to agent", "s", &boot, false);
+    let warm = created.map(|c| (c.boot_ms + c.warm_ms) as f64 / 1e3).into_iter().collect();
+    add("boot and warm", "s", &warm, false);
+    add("floor: fork(2)", "ms", &ms(&floor.fork_ns), false);
+    add("floor: KVM VM", "ms", &ms(&floor.kvm_ns), false);
+    add("floor: both", "ms", &total, true);
+    add("source pause", "ms", &measures.pause_ms, true);
+    add("fork to vCPUs running", "ms", &measures.running_ms, true);
+    add("fork to agent answering", "ms", &measures.ready_ms, true);
+    add("fork to eval answering", "ms", &measures.answer_ms, true);
+    add("branch to vCPUs running", "ms", &measures.branch_ms, true);
+    let many = measures.many;
+    add(&format!("{many} children to all agents answering"), "s", &measures.many_ready_s, false);
+    add(&format!("{many} children to all evaluated"), "s", &measures.many_s, false);
+    add("sustained", "children/s", &measures.per_second, false);
+    add("sustained with an eval", "children/s", &measures.evaluated_per_second, false);
+    add("PSS before first eval", "MiB", &measures.pss_before, false);
+    add("PSS after first eval", "MiB", &measures.pss_after, false);
+    add("USS before first eval", "MiB", &measures.uss_before, false);
+    add("USS after first eval", "MiB", &measures.uss_after, false);
     rows
 }
 
 impl Report {
     fn print(&self) -> Result<()> {
         output::line(&format!(
-            "{}, Linux {}, {} CPUs; guest: {} vCPU, {} MiB, resident {} in huge and {} in small pages",
+            "{}, kernel mode {}, Linux {}, {} CPUs; guest: {} vCPU, {} MiB, resident {} in huge and {} in small pages",
             self.kvm,
+            self.kernel_mode.map_or("unknown", kernel_mode_name),
             self.kernel,
             self.cpus,
             self.vcpus,

@@ -103,7 +103,8 @@ impl Report {
     }
 }
 
-fn kernel_mode_name(mode: KernelMode) -> &'static str {
+/// For people.
+pub fn kernel_mode_name(mode: KernelMode) -> &'static str {
     match mode {
         KernelMode::Hardware => "hardware",
         KernelMode::PvmEmulated => "emulated (PVM)",

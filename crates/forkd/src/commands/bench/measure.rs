@@ -43,10 +43,14 @@ pub struct Measures {
     pub answer_ms: Samples,
     /// How many children at once.
     pub many: usize,
+    /// Request to the last of many children's agents answering, in s.
+    pub many_ready_s: Samples,
     /// Request to the last of many children's eval answered, in s.
     pub many_s: Samples,
     /// Children forked, answering and ended per second.
     pub per_second: Samples,
+    /// The same, each with an eval.
+    pub evaluated_per_second: Samples,
     /// Memory of a child, in MiB.
     pub pss_before: Samples,
     /// After its first eval.
@@ -82,6 +86,7 @@ impl Measures {
         let mut step = Step::begin(&format!("{many} children at once"), quiet);
         for round in 0..MANY_ROUNDS {
             step.at(&format!("{} of {MANY_ROUNDS}", round + 1));
+            measures.many_agents(paths, source)?;
             measures.many_children(paths, source)?;
         }
         step.done("");
@@ -138,6 +143,13 @@ impl Measures {
         parents.end()
     }
 
+    fn many_agents(&mut self, paths: &Paths, source: &Live) -> Result<()> {
+        let begun = Instant::now();
+        let brood = Brood::fork(paths, source, self.many, Some(WAIT))?;
+        self.many_ready_s.push(begun.elapsed().as_secs_f64());
+        brood.end()
+    }
+
     fn many_children(&mut self, paths: &Paths, source: &Live) -> Result<()> {
         let begun = Instant::now();
         // All are alive; twice as many as the host has CPUs are asked at once. More would take CPU time from each other:
@@ -160,6 +172,12 @@ impl Measures {
             let batch = Instant::now();
             Brood::fork(paths, source, BATCH, Some(WAIT))?.end()?;
             self.per_second.push(BATCH as f64 / batch.elapsed().as_secs_f64());
+            let batch = Instant::now();
+            let brood = Brood::fork(paths, source, BATCH, Some(WAIT))?;
+            let answers = parallel::map(&brood.clients, |(client, _)| ask_number(client, 7));
+            answers.into_iter().collect::<Result<()>>()?;
+            brood.end()?;
+            self.evaluated_per_second.push(BATCH as f64 / batch.elapsed().as_secs_f64());
         }
         Ok(())
     }

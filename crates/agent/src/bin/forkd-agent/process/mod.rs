@@ -36,6 +36,8 @@ use stdin::Stdin;
 const MAX_PROCESSES: usize = 512;
 /// Most bytes read of a process that has ended, before its end is told: others may go on writing.
 const MAX_DRAIN: usize = 2 << 20;
+/// Bytes read at once from which on a process is taken to go on writing: what the C library's buffers hold.
+const BUSY: usize = 4096;
 /// How many ended processes are remembered, for clients that connect late.
 const REMEMBERED: usize = 256;
 
@@ -59,6 +61,8 @@ struct Process {
     terminal: bool,
     /// Connections with a [`rpc::Stream`] on it.
     subscribers: Vec<Key>,
+    /// It wrote much lately.
+    busy: bool,
     /// The pipes are not read, because a subscriber does not keep up.
     paused: bool,
     deadline: Option<TimerId>,
@@ -123,6 +127,10 @@ impl Agent {
     /// Readiness of a process's output.
     pub fn output_ready(&mut self, key: Key, index: usize, ready: Readiness) {
         if ready.readable {
+            if self.processes.all.get(key).is_some_and(|process| process.busy) {
+                // The kernel wakes us for the first bytes in the pipe. Let it be filled.
+                std::thread::yield_now();
+            }
             self.read_output(key, index, ready.hangup);
         }
     }
@@ -138,6 +146,7 @@ impl Agent {
             // EIO of a terminal: no process has it open.
             Err(_) => 0,
         };
+        process.busy = n >= BUSY;
         if process.end.is_some() {
             process.drained += n;
         }

@@ -19,6 +19,7 @@ use std::collections::{HashMap, VecDeque};
 use std::os::fd::{AsFd, OwnedFd};
 
 use forkd_agent::protocol::process::{EndEvent, ProcessConfig};
+use forkd_agent::protocol::raw::Channel;
 use forkd_sys::reactor::{Interest, Readiness};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
@@ -169,16 +170,15 @@ impl Agent {
     /// Gives the first `n` bytes of the scratch buffer to every subscriber.
     fn publish(&mut self, key: Key, index: usize, n: usize) {
         let Some(process) = self.processes.all.get_mut(key) else { return };
-        let kind = match (process.terminal, index) {
-            (true, _) => "pty",
-            (false, 0) => "stdout",
-            (false, _) => "stderr",
+        let channel = match (process.terminal, index) {
+            (true, _) => Channel::Terminal,
+            (false, 0) => Channel::Stdout,
+            (false, _) => Channel::Stderr,
         };
         let mut full = false;
         for subscriber in &process.subscribers {
             if let Some(conn) = self.conns.get_mut(*subscriber) {
-                rpc::write_data(&mut conn.out, kind, &self.scratch[..n]);
-                rpc::mark_active(conn);
+                rpc::send_data(conn, channel, &self.scratch[..n]);
                 full |= conn.out.len() > HIGH;
             }
         }

@@ -5,12 +5,15 @@ use std::time::Duration;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use forkd_agent::protocol::base64_bytes;
-use forkd_agent::protocol::connect::{self, Code, RpcError, STREAM_TYPE, UNARY_TYPE, write_json};
+use forkd_agent::protocol::connect::{
+    self, Code, Frame, RpcError, STREAM_TYPE, UNARY_TYPE, write_json,
+};
 use forkd_agent::protocol::process::{
     Empty, EndEvent, ListResponse, ProcessEvent, ProcessInfo, ProcessInput, ProcessSelector,
     SelectRequest, SendInputRequest, SendSignalRequest, StartEvent, StartRequest,
     StreamInputRequest, StreamResponse, UpdateRequest,
 };
+use forkd_agent::protocol::raw::{self, Channel};
 use forkd_api::http::{RequestHead, Response};
 use rustix::termios::tcsetwinsize;
 use serde::de::DeserializeOwned;
@@ -33,6 +36,8 @@ pub struct Stream {
     deadline: Option<TimerId>,
     /// Something was sent since the last keepalive was due.
     active: bool,
+    /// Its client takes data in raw frames.
+    raw: bool,
 }
 
 /// A connection sends input to a process.
@@ -43,8 +48,29 @@ pub struct Input {
     failed: bool,
 }
 
+/// Most bytes of a process in one event: a frame of 64 KiB is what E2B's clients know.
+const EVENT: usize = 48 << 10;
+
+/// Sends data of a process to one that listens.
+pub fn send_data(conn: &mut Conn, channel: Channel, data: &[u8]) {
+    let Task::Stream(stream) = &mut conn.task else { return };
+    stream.active = true;
+    if stream.raw {
+        conn.out.piece(|out| raw::encode(out, channel, data));
+        return;
+    }
+    for data in data.chunks(EVENT) {
+        write_data(&mut conn.out, channel, data);
+    }
+}
+
 /// Writes a data event as a frame.
-pub fn write_data(out: &mut Outbox, kind: &str, data: &[u8]) {
+fn write_data(out: &mut Outbox, channel: Channel, data: &[u8]) {
+    let kind = match channel {
+        Channel::Terminal => "pty",
+        Channel::Stderr => "stderr",
+        Channel::Stdin | Channel::Stdout => "stdout",
+    };
     out.piece(|out| {
         connect::encode_with(out, 0, |out| {
             out.extend_from_slice(b"{\"event\":{\"data\":{\"");
@@ -58,13 +84,6 @@ pub fn write_data(out: &mut Outbox, kind: &str, data: &[u8]) {
 
 fn write_event(out: &mut Outbox, event: ProcessEvent) {
     out.piece(|out| connect::encode_with(out, 0, |out| write_json(out, &StreamResponse { event })));
-}
-
-/// Notes that a stream was sent something.
-pub fn mark_active(conn: &mut Conn) {
-    if let Task::Stream(stream) = &mut conn.task {
-        stream.active = true;
-    }
 }
 
 fn parse<T: DeserializeOwned>(json: &[u8]) -> Result<T, RpcError> {
@@ -92,6 +111,11 @@ fn basic_user(head: &RequestHead) -> Result<Option<String>, RpcError> {
         Some(user) => Ok(Some(user).filter(|user| !user.is_empty())),
         None => Err(RpcError::new(Code::Unauthenticated, "malformed Authorization header")),
     }
+}
+
+/// Whether the client of a stream takes raw frames.
+fn takes_raw(head: &RequestHead) -> bool {
+    head.headers.get(raw::HEADER).is_some_and(|version| version.trim() == raw::VERSION)
 }
 
 fn millis(head: &RequestHead, name: &str) -> Result<Option<u64>, RpcError> {
@@ -204,7 +228,7 @@ impl Agent {
                 process.deadline = deadline;
             }
         }
-        self.subscribe(key, process, pid, keepalive, None);
+        self.subscribe(key, process, pid, keepalive, None, takes_raw(head));
         Ok(None)
     }
 
@@ -220,7 +244,7 @@ impl Agent {
         match self.processes.find(&request.process) {
             Ok(process) => {
                 let pid = self.processes.all.get(process).map_or(0, |p| p.pid);
-                self.subscribe(key, process, pid, keepalive, limit);
+                self.subscribe(key, process, pid, keepalive, limit, takes_raw(head));
             }
             Err(error) => {
                 let ended = self.processes.find_ended(&request.process).ok_or(error)?;
@@ -244,8 +268,13 @@ impl Agent {
         pid: i32,
         keepalive_s: Option<u64>,
         limit_ms: Option<u64>,
+        raw: bool,
     ) {
-        self.begin_stream(key, STREAM_TYPE);
+        if raw {
+            self.begin_stream_with(key, STREAM_TYPE, &[(raw::HEADER, raw::VERSION)]);
+        } else {
+            self.begin_stream(key, STREAM_TYPE);
+        }
         let keepalive = keepalive_s.and_then(|seconds| {
             let interval = Duration::from_secs(seconds);
             Some((interval, self.timers.after(interval, Timer::Keepalive(key))?))
@@ -254,7 +283,7 @@ impl Agent {
             self.timers.after(Duration::from_millis(limit), Timer::StreamDeadline(key))
         });
         if let Some(conn) = self.conns.get_mut(key) {
-            conn.task = Task::Stream(Stream { process, keepalive, deadline, active: true });
+            conn.task = Task::Stream(Stream { process, keepalive, deadline, active: true, raw });
             write_event(&mut conn.out, ProcessEvent::Start(StartEvent { pid: pid.unsigned_abs() }));
         }
         if let Some(process) = self.processes.all.get_mut(process) {
@@ -364,7 +393,7 @@ impl Agent {
     }
 
     /// Queues input; true if it waits for the process to read.
-    fn queue_input(&mut self, key: Key, input: &ProcessInput) -> Result<Sent, RpcError> {
+    fn queue_input(&mut self, key: Key, channel: Channel, data: &[u8]) -> Result<Sent, RpcError> {
         let Some(process) = self.processes.all.get_mut(key) else {
             return Err(RpcError::new(Code::NotFound, "the process has ended"));
         };
@@ -372,13 +401,14 @@ impl Agent {
         let wrong = |text: &str| {
             Err(RpcError::new(Code::FailedPrecondition, format!("process {pid} {text}")))
         };
-        let data = match (&input.stdin, &input.pty) {
-            (Some(data), _) if !process.terminal => data,
-            (None, Some(data)) if process.terminal => data,
-            (Some(_), _) => return wrong("has a terminal: send to pty, not to stdin"),
-            (None, Some(_)) => return wrong("has no terminal: send to stdin, not to pty"),
-            (None, None) => return Ok(Sent::Written),
-        };
+        match (channel, process.terminal) {
+            (Channel::Stdin, false) | (Channel::Terminal, true) => {}
+            (Channel::Stdin, true) => return wrong("has a terminal: send to pty, not to stdin"),
+            (Channel::Terminal, false) => {
+                return wrong("has no terminal: send to stdin, not to pty");
+            }
+            (Channel::Stdout | Channel::Stderr, _) => return wrong("takes no input there"),
+        }
         let result = process.stdin.send(data);
         self.watch_stdin(key);
         result.map_err(|error| {
@@ -393,7 +423,11 @@ impl Agent {
     fn send_input(&mut self, conn: Key, body: &[u8]) -> Result<Option<Vec<u8>>, RpcError> {
         let request: SendInputRequest = parse(body)?;
         let key = self.processes.find(&request.process)?;
-        if self.queue_input(key, &request.input)? == Sent::Written {
+        let sent = match piece(&request.input) {
+            Some((channel, data)) => self.queue_input(key, channel, data)?,
+            None => Sent::Written,
+        };
+        if sent == Sent::Written {
             return Ok(empty());
         }
         self.wait_for_input(conn, key);
@@ -460,9 +494,7 @@ impl Agent {
                 Ok(None) => break Ok(()),
                 Ok(Some(frame)) => {
                     taken += frame.encoded_len();
-                    if let Err(error) =
-                        parse(frame.payload).and_then(|m| self.input_message(key, m))
-                    {
+                    if let Err(error) = self.input_frame(key, &frame) {
                         break Err(error);
                     }
                 }
@@ -480,11 +512,15 @@ impl Agent {
         }
     }
 
+    fn input_frame(&mut self, key: Key, frame: &Frame<'_>) -> Result<(), RpcError> {
+        match raw::split(frame) {
+            None => parse(frame.payload).and_then(|message| self.input_message(key, message)),
+            Some(Ok((channel, data))) => self.input_bytes(key, channel, data),
+            Some(Err(error)) => Err(RpcError::new(Code::InvalidArgument, error.to_string())),
+        }
+    }
+
     fn input_message(&mut self, key: Key, message: StreamInputRequest) -> Result<(), RpcError> {
-        let process = match self.conns.get(key).map(|conn| &conn.task) {
-            Some(Task::Input(input)) => input.process,
-            _ => return Ok(()),
-        };
         if let Some(start) = message.start {
             let found = self.processes.find(&start.process)?;
             if let Some(Task::Input(input)) = self.conns.get_mut(key).map(|conn| &mut conn.task) {
@@ -492,11 +528,21 @@ impl Agent {
             }
             return Ok(());
         }
-        let Some(data) = message.data else { return Ok(()) };
+        match message.data.as_ref().and_then(|data| piece(&data.input)) {
+            Some((channel, data)) => self.input_bytes(key, channel, data),
+            None => Ok(()),
+        }
+    }
+
+    fn input_bytes(&mut self, key: Key, channel: Channel, data: &[u8]) -> Result<(), RpcError> {
+        let process = match self.conns.get(key).map(|conn| &conn.task) {
+            Some(Task::Input(input)) => input.process,
+            _ => return Ok(()),
+        };
         let process = process.ok_or_else(|| {
             RpcError::new(Code::InvalidArgument, "input comes before a process is selected")
         })?;
-        if self.queue_input(process, &data.input)? == Sent::Queued
+        if self.queue_input(process, channel, data)? == Sent::Queued
             && self.conns.get(key).is_some_and(|conn| !conn.paused)
         {
             self.wait_for_input(key, process);
@@ -539,6 +585,12 @@ impl Agent {
             self.again.push(key);
         }
     }
+}
+
+/// What a message brings, and for whom.
+fn piece(input: &ProcessInput) -> Option<(Channel, &[u8])> {
+    let stdin = input.stdin.as_ref().map(|data| (Channel::Stdin, data.as_slice()));
+    stdin.or_else(|| input.pty.as_ref().map(|data| (Channel::Terminal, data.as_slice())))
 }
 
 fn empty() -> Option<Vec<u8>> {

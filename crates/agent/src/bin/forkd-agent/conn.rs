@@ -16,7 +16,8 @@ use rustix::io::Errno;
 use crate::agent::Agent;
 use crate::interpreter::Execute;
 use crate::outbox::{Flushed, LOW, Outbox};
-use crate::process::rpc::{Input, Stream};
+use crate::process::input::Input;
+use crate::process::rpc::Stream;
 use crate::slab::Key;
 use crate::source::Source;
 

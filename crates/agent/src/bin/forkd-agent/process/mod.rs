@@ -11,6 +11,7 @@
 //! the process waits. A process that has ended but whose pipes are held by others (a server started
 //! in the background) lingers: what they write is dropped, rather than their being killed by SIGPIPE.
 
+pub mod input;
 pub mod rpc;
 pub mod start;
 mod stdin;

@@ -5,13 +5,11 @@ use std::time::Duration;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use forkd_agent::protocol::base64_bytes;
-use forkd_agent::protocol::connect::{
-    self, Code, Frame, RpcError, STREAM_TYPE, UNARY_TYPE, write_json,
-};
+use forkd_agent::protocol::connect::{self, Code, RpcError, STREAM_TYPE, UNARY_TYPE, write_json};
 use forkd_agent::protocol::process::{
     Empty, EndEvent, ListResponse, ProcessEvent, ProcessInfo, ProcessInput, ProcessSelector,
-    SelectRequest, SendInputRequest, SendSignalRequest, StartEvent, StartRequest,
-    StreamInputRequest, StreamResponse, UpdateRequest,
+    SelectRequest, SendInputRequest, SendSignalRequest, StartEvent, StartRequest, StreamResponse,
+    UpdateRequest,
 };
 use forkd_agent::protocol::raw::{self, Channel};
 use forkd_api::http::{RequestHead, Response};
@@ -38,14 +36,6 @@ pub struct Stream {
     active: bool,
     /// Its client takes data in raw frames.
     raw: bool,
-}
-
-/// A connection sends input to a process.
-pub struct Input {
-    process: Option<Key>,
-    buffer: Vec<u8>,
-    /// An error has been answered; the rest of the body is dropped.
-    failed: bool,
 }
 
 /// Most bytes of a process in one event: a frame of 64 KiB is what E2B's clients know.
@@ -86,7 +76,7 @@ fn write_event(out: &mut Outbox, event: ProcessEvent) {
     out.piece(|out| connect::encode_with(out, 0, |out| write_json(out, &StreamResponse { event })));
 }
 
-fn parse<T: DeserializeOwned>(json: &[u8]) -> Result<T, RpcError> {
+pub(super) fn parse<T: DeserializeOwned>(json: &[u8]) -> Result<T, RpcError> {
     serde_json::from_slice(json).map_err(|e| RpcError::new(Code::InvalidArgument, e.to_string()))
 }
 
@@ -127,7 +117,7 @@ fn millis(head: &RequestHead, name: &str) -> Result<Option<u64>, RpcError> {
 }
 
 impl Processes {
-    fn find(&self, selector: &ProcessSelector) -> Result<Key, RpcError> {
+    pub(super) fn find(&self, selector: &ProcessSelector) -> Result<Key, RpcError> {
         let key = match (selector.pid, &selector.tag) {
             (Some(pid), _) => {
                 i32::try_from(pid).ok().and_then(|pid| self.by_pid.get(&pid).copied())
@@ -393,7 +383,12 @@ impl Agent {
     }
 
     /// Queues input; true if it waits for the process to read.
-    fn queue_input(&mut self, key: Key, channel: Channel, data: &[u8]) -> Result<Sent, RpcError> {
+    pub(super) fn queue_input(
+        &mut self,
+        key: Key,
+        channel: Channel,
+        data: &[u8],
+    ) -> Result<Sent, RpcError> {
         let Some(process) = self.processes.all.get_mut(key) else {
             return Err(RpcError::new(Code::NotFound, "the process has ended"));
         };
@@ -437,7 +432,7 @@ impl Agent {
         Ok(None)
     }
 
-    fn wait_for_input(&mut self, conn: Key, process: Key) {
+    pub(super) fn wait_for_input(&mut self, conn: Key, process: Key) {
         if let Some(process) = self.processes.all.get_mut(process) {
             process.stdin.wait(conn);
         }
@@ -471,124 +466,10 @@ impl Agent {
             _ => {}
         }
     }
-
-    /// `StreamInput` begins.
-    pub fn input_begins(&mut self, key: Key) {
-        if let Some(conn) = self.conns.get_mut(key) {
-            conn.task = Task::Input(Input { process: None, buffer: Vec::new(), failed: false });
-        }
-    }
-
-    /// A piece of the body of `StreamInput`.
-    pub fn input_data(&mut self, key: Key, data: &[u8]) {
-        let Some(conn) = self.conns.get_mut(key) else { return };
-        let Task::Input(input) = &mut conn.task else { return };
-        if input.failed {
-            return;
-        }
-        input.buffer.extend_from_slice(data);
-        let mut buffer = std::mem::take(&mut input.buffer);
-        let mut taken = 0;
-        let result = loop {
-            match connect::decode(&buffer[taken..]) {
-                Ok(None) => break Ok(()),
-                Ok(Some(frame)) => {
-                    taken += frame.encoded_len();
-                    if let Err(error) = self.input_frame(key, &frame) {
-                        break Err(error);
-                    }
-                }
-                Err(error) => {
-                    break Err(RpcError::new(Code::InvalidArgument, error.to_string()));
-                }
-            }
-        };
-        buffer.drain(..taken);
-        if let Some(Task::Input(input)) = self.conns.get_mut(key).map(|conn| &mut conn.task) {
-            input.buffer = buffer;
-        }
-        if let Err(error) = result {
-            self.answer_input(key, Some(&error), false);
-        }
-    }
-
-    fn input_frame(&mut self, key: Key, frame: &Frame<'_>) -> Result<(), RpcError> {
-        match raw::split(frame) {
-            None => parse(frame.payload).and_then(|message| self.input_message(key, message)),
-            Some(Ok((channel, data))) => self.input_bytes(key, channel, data),
-            Some(Err(error)) => Err(RpcError::new(Code::InvalidArgument, error.to_string())),
-        }
-    }
-
-    fn input_message(&mut self, key: Key, message: StreamInputRequest) -> Result<(), RpcError> {
-        if let Some(start) = message.start {
-            let found = self.processes.find(&start.process)?;
-            if let Some(Task::Input(input)) = self.conns.get_mut(key).map(|conn| &mut conn.task) {
-                input.process = Some(found);
-            }
-            return Ok(());
-        }
-        match message.data.as_ref().and_then(|data| piece(&data.input)) {
-            Some((channel, data)) => self.input_bytes(key, channel, data),
-            None => Ok(()),
-        }
-    }
-
-    fn input_bytes(&mut self, key: Key, channel: Channel, data: &[u8]) -> Result<(), RpcError> {
-        let process = match self.conns.get(key).map(|conn| &conn.task) {
-            Some(Task::Input(input)) => input.process,
-            _ => return Ok(()),
-        };
-        let process = process.ok_or_else(|| {
-            RpcError::new(Code::InvalidArgument, "input comes before a process is selected")
-        })?;
-        if self.queue_input(process, channel, data)? == Sent::Queued
-            && self.conns.get(key).is_some_and(|conn| !conn.paused)
-        {
-            self.wait_for_input(key, process);
-            if let Some(conn) = self.conns.get_mut(key) {
-                conn.paused = true;
-            }
-        }
-        Ok(())
-    }
-
-    /// The body of `StreamInput` has ended.
-    pub fn input_ends(&mut self, key: Key) {
-        let Some(conn) = self.conns.get_mut(key) else { return };
-        let Task::Input(input) = &mut conn.task else { return };
-        if input.failed {
-            self.end_stream(key);
-        } else if !input.buffer.is_empty() {
-            let error = RpcError::new(Code::InvalidArgument, "the last frame is not complete");
-            self.answer_input(key, Some(&error), true);
-        } else {
-            self.answer_input(key, None, true);
-        }
-    }
-
-    /// Answers `StreamInput`. If its body has not ended, the rest is read and dropped first.
-    fn answer_input(&mut self, key: Key, error: Option<&RpcError>, body_ended: bool) {
-        self.begin_stream(key, STREAM_TYPE);
-        let Some(conn) = self.conns.get_mut(key) else { return };
-        if error.is_none() {
-            conn.out.piece(|out| connect::encode(out, 0, b"{}"));
-        }
-        conn.out.piece(|out| connect::encode_end(out, error));
-        conn.paused = false;
-        if body_ended {
-            self.end_stream(key);
-        } else if let Task::Input(input) = &mut conn.task {
-            input.failed = true;
-            input.buffer = Vec::new();
-            self.mark_dirty(key);
-            self.again.push(key);
-        }
-    }
 }
 
 /// What a message brings, and for whom.
-fn piece(input: &ProcessInput) -> Option<(Channel, &[u8])> {
+pub(super) fn piece(input: &ProcessInput) -> Option<(Channel, &[u8])> {
     let stdin = input.stdin.as_ref().map(|data| (Channel::Stdin, data.as_slice()));
     stdin.or_else(|| input.pty.as_ref().map(|data| (Channel::Terminal, data.as_slice())))
 }

@@ -5,14 +5,19 @@
 mod support;
 
 use std::collections::BTreeMap;
+use std::io::{Read, Write};
 use std::time::{Duration, Instant};
 
 use forkd_agent::client::ClientError;
 use forkd_agent::client::process::CallOptions;
-use forkd_agent::protocol::connect::Code;
+use forkd_agent::protocol::ENVD_PORT;
+use forkd_agent::protocol::connect::{self, Code, STREAM_TYPE};
 use forkd_agent::protocol::process::{
     ProcessConfig, ProcessEvent, ProcessInput, ProcessSelector, Pty, PtySize, StartRequest,
+    StreamResponse,
 };
+use forkd_agent::protocol::raw::Channel;
+use forkd_api::http::{Limits, ResponseEvent, ResponseParser};
 use support::{Outcome, TestAgent, bash, follow, read_until};
 
 fn stdin(data: &[u8]) -> ProcessInput {
@@ -144,6 +149,87 @@ fn input_comes_in_order_and_closing_it_is_the_end() {
     let outcome = follow(stream);
     assert_eq!(outcome.stdout(), "one two three\ndone\n");
     assert_eq!(code_of(processes.send_input(tag, stdin(b"x"))), Code::NotFound);
+}
+
+#[test]
+fn a_client_that_does_not_ask_for_raw_frames_gets_json() {
+    let agent = TestAgent::start();
+    let message = r#"{"process":{"cmd":"head","args":["-c","100000","/dev/zero"]},"stdin":false}"#;
+    let mut body = Vec::new();
+    connect::encode(&mut body, 0, message.as_bytes());
+    let head = format!(
+        "POST /process.Process/Start HTTP/1.1\r\nContent-Type: {STREAM_TYPE}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n",
+        body.len()
+    );
+    let mut stream = agent.agent().open(ENVD_PORT, Duration::from_secs(10)).unwrap();
+    stream.write_all(&[head.as_bytes(), &body].concat()).unwrap();
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer).unwrap();
+    let mut parser = ResponseParser::new(Limits::STREAMING);
+    parser.feed(&answer);
+    let Some(ResponseEvent::Head(head)) = parser.next().unwrap() else { panic!("no head") };
+    assert_eq!(head.headers.get("Forkd-Raw"), None);
+    let mut frames = Vec::new();
+    while let Some(ResponseEvent::Body(data)) = parser.next().unwrap() {
+        frames.extend(data);
+    }
+    let (mut rest, mut outcome, mut ended) = (frames.as_slice(), Outcome::default(), false);
+    while let Some(frame) = connect::decode(rest).unwrap() {
+        rest = &rest[frame.encoded_len()..];
+        // What E2B's clients are used to.
+        assert!(frame.payload.len() <= 1 << 16);
+        ended = frame.is_end();
+        if !ended {
+            assert_eq!(frame.flags, 0);
+            let event: StreamResponse = serde_json::from_slice(frame.payload).unwrap();
+            if !matches!(event.event, ProcessEvent::Start(_)) {
+                outcome.take(event.event);
+            }
+        }
+    }
+    assert!(ended && outcome.stdout == vec![0; 100_000]);
+    assert_eq!(outcome.code(), 0);
+}
+
+#[test]
+fn raw_input_is_taken_byte_for_byte_and_refused_where_json_is() {
+    let agent = TestAgent::start();
+    let processes = agent.processes();
+    let mut request = bash("cat");
+    request.stdin = Some(true);
+    let stream = processes.start(&request, &CallOptions::default()).unwrap();
+    assert!(stream.takes_raw());
+    let selector = ProcessSelector::pid(stream.pid());
+    let bytes: Vec<u8> = (0..300_000u32).map(|n| (n % 251) as u8).collect();
+    let (sent, client, selected) = (bytes.clone(), agent.processes(), selector.clone());
+    let sender = std::thread::spawn(move || {
+        let mut input = client.stream_input(selected.clone()).unwrap();
+        for piece in sent.chunks(70_000) {
+            input.send_raw(Channel::Stdin, piece).unwrap();
+        }
+        input.finish().unwrap();
+        let mut input = client.stream_input(selected.clone()).unwrap();
+        input.send_raw(Channel::Terminal, b"x").unwrap();
+        assert_eq!(code_of(input.finish()), Code::FailedPrecondition);
+        client.close_stdin(selected).unwrap();
+    });
+    assert!(follow(stream).stdout == bytes);
+    sender.join().unwrap();
+}
+
+#[test]
+fn a_sender_is_stopped_when_its_input_is_refused() {
+    let agent = TestAgent::start();
+    let mut request = bash("exec <&-; sleep 30");
+    request.stdin = Some(true);
+    let stream = agent.processes().start(&request, &CallOptions::default()).unwrap();
+    let selector = ProcessSelector::pid(stream.pid());
+    let mut input = agent.processes().stream_input(selector.clone()).unwrap();
+    let until = Instant::now() + Duration::from_secs(10);
+    while input.send_raw(Channel::Stdin, b"x").is_ok() {
+        assert!(Instant::now() < until, "input is taken for ever");
+    }
+    agent.processes().send_signal(selector, 9).unwrap();
 }
 
 #[test]

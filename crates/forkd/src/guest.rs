@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use forkd_agent::client::process::{CallOptions, ProcessClient, ProcessStream};
+use forkd_agent::client::process::{CallOptions, InputStream, ProcessClient, ProcessStream};
 use forkd_agent::client::{Agent, ClientError, interpreter};
 use forkd_agent::protocol::connect::Code;
 use forkd_agent::protocol::interpreter as protocol;
@@ -13,6 +13,7 @@ use forkd_agent::protocol::process::{
     DataEvent, EndEvent, ProcessConfig, ProcessEvent, ProcessInput, ProcessSelector, Pty, PtySize,
     StartRequest,
 };
+use forkd_agent::protocol::raw::Channel;
 use serde::Serialize;
 
 use crate::vm_client::VmClient;
@@ -185,7 +186,7 @@ impl Guest {
         let deadline = command.timeout.and_then(|limit| Instant::now().checked_add(limit));
         let stream = client.start(&request, &options).with_context(|| self.who.clone())?;
         let process = ProcessSelector::pid(stream.pid());
-        let control = Control { client, process };
+        let control = Control { client, process, raw: stream.takes_raw() };
         Ok(Running { stream, control, deadline, who: self.who.clone() })
     }
 }
@@ -242,6 +243,41 @@ pub struct Running {
 pub struct Control {
     client: ProcessClient,
     process: ProcessSelector,
+    /// The agent takes raw frames.
+    raw: bool,
+}
+
+/// The way to a command's standard input or terminal.
+pub struct Input {
+    control: Control,
+    terminal: bool,
+    /// None: a request for each piece, which is what older agents understand best.
+    stream: Option<InputStream>,
+}
+
+impl Input {
+    /// Sends a piece. Blocks while the command reads more slowly than this is called.
+    ///
+    /// # Errors
+    /// The command takes none any more.
+    pub fn send(&mut self, bytes: &[u8]) -> Result<()> {
+        let Some(stream) = &mut self.stream else {
+            return self.control.input(bytes, self.terminal);
+        };
+        let channel = if self.terminal { Channel::Terminal } else { Channel::Stdin };
+        Ok(stream.send_raw(channel, bytes)?)
+    }
+
+    /// Says that there is no more.
+    ///
+    /// # Errors
+    /// The command has ended, or did not take all.
+    pub fn close(self) -> Result<()> {
+        if let Some(stream) = self.stream {
+            stream.finish()?;
+        }
+        self.control.close_input()
+    }
 }
 
 impl Running {
@@ -285,11 +321,17 @@ impl Running {
 }
 
 impl Control {
-    /// Sends input.
+    /// Opens the way to its standard input, or to its terminal.
     ///
     /// # Errors
-    /// The command takes none any more.
-    pub fn input(&self, bytes: &[u8], terminal: bool) -> Result<()> {
+    /// The agent does not answer.
+    pub fn open_input(&self, terminal: bool) -> Result<Input> {
+        let stream =
+            if self.raw { Some(self.client.stream_input(self.process.clone())?) } else { None };
+        Ok(Input { control: self.clone(), terminal, stream })
+    }
+
+    fn input(&self, bytes: &[u8], terminal: bool) -> Result<()> {
         let bytes = Some(bytes.to_vec());
         let input = if terminal {
             ProcessInput { stdin: None, pty: bytes }
@@ -299,11 +341,7 @@ impl Control {
         Ok(self.client.send_input(self.process.clone(), input)?)
     }
 
-    /// Ends its standard input.
-    ///
-    /// # Errors
-    /// The command has ended.
-    pub fn close_input(&self) -> Result<()> {
+    fn close_input(&self) -> Result<()> {
         Ok(self.client.close_stdin(self.process.clone())?)
     }
 

@@ -24,6 +24,8 @@ use crate::protocol::connect::RpcError;
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long a call may take that only asks or tells something.
 const CALL_TIMEOUT: Duration = Duration::from_secs(60);
+/// Bytes read at once.
+const READ: usize = 64 << 10;
 /// Longest line of a vsock handshake.
 const MAX_HANDSHAKE: usize = 512;
 /// Longest whole answer that is kept, in bytes.
@@ -241,13 +243,16 @@ struct Exchange {
     stream: UnixStream,
     parser: ResponseParser,
     clock: Clock,
+    /// Where the stream is read to.
+    buffer: Vec<u8>,
     ended: bool,
 }
 
 impl Exchange {
     fn new(stream: UnixStream, limit: Option<Duration>) -> Self {
         let parser = ResponseParser::new(Limits::STREAMING);
-        Self { stream, parser, clock: Clock::new(limit), ended: false }
+        let buffer = vec![0; READ];
+        Self { stream, parser, clock: Clock::new(limit), buffer, ended: false }
     }
 
     fn send(&mut self, request: &Call<'_>, body: Option<&[u8]>) -> Result<(), ClientError> {
@@ -267,13 +272,12 @@ impl Exchange {
                 return Ok(Some(event));
             }
             self.clock.arm(&self.stream)?;
-            let mut buffer = [0; 16 << 10];
-            match self.stream.read(&mut buffer) {
+            match self.stream.read(&mut self.buffer) {
                 Ok(0) => match self.parser.finish() {
                     Err(HttpError::Truncated) => return Err(ClientError::Ended),
                     other => return Ok(other?),
                 },
-                Ok(n) => self.parser.feed(&buffer[..n]),
+                Ok(n) => self.parser.feed(&self.buffer[..n]),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(self.clock.explain(error)),
             }

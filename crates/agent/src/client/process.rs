@@ -5,19 +5,19 @@ use std::time::Duration;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+use forkd_sys::reactor::wait_readable;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::{Agent, CALL_TIMEOUT, CONNECT_TIMEOUT, Call, ClientError, Exchange};
 use crate::protocol::ENVD_PORT;
-use crate::protocol::connect::{
-    self, EndOfStream, FLAG_END, HEADER_LEN, STREAM_TYPE, UNARY_TYPE, write_json,
-};
+use crate::protocol::connect::{self, EndOfStream, FLAG_END, STREAM_TYPE, UNARY_TYPE, write_json};
 use crate::protocol::process::{
-    Empty, ListResponse, ProcessEvent, ProcessInfo, ProcessInput, ProcessSelector, Pty, PtySize,
-    SERVICE, SelectRequest, SendInputRequest, SendSignalRequest, Signal, StartRequest,
+    DataEvent, Empty, ListResponse, ProcessEvent, ProcessInfo, ProcessInput, ProcessSelector, Pty,
+    PtySize, SERVICE, SelectRequest, SendInputRequest, SendSignalRequest, Signal, StartRequest,
     StreamInputData, StreamInputRequest, StreamResponse, UpdateRequest,
 };
+use crate::protocol::raw::{self, Channel};
 
 /// How a process is started or watched.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -133,7 +133,7 @@ impl ProcessClient {
             .header("Content-Type", STREAM_TYPE)
             .header("Transfer-Encoding", "chunked");
         exchange.send(&request, None)?;
-        let mut input = InputStream { exchange };
+        let mut input = InputStream { exchange, buffer: Vec::new() };
         let start = Some(SelectRequest { process });
         input.message(&StreamInputRequest { start, ..Default::default() })?;
         Ok(input)
@@ -159,7 +159,9 @@ impl ProcessClient {
         options: &CallOptions,
     ) -> Result<ProcessStream, ClientError> {
         let path = format!("{SERVICE}{method}");
-        let mut call = Call::new("POST", &path).header("Content-Type", STREAM_TYPE);
+        let mut call = Call::new("POST", &path)
+            .header("Content-Type", STREAM_TYPE)
+            .header(raw::HEADER, raw::VERSION);
         if let Some(user) = &options.user {
             let text = STANDARD.encode(format!("{user}:"));
             call = call.header("Authorization", &format!("Basic {text}"));
@@ -177,8 +179,9 @@ impl ProcessClient {
         let stream = self.agent.open(ENVD_PORT, CONNECT_TIMEOUT)?;
         let mut exchange = Exchange::new(stream, Some(CALL_TIMEOUT));
         exchange.send(&call, Some(&body))?;
-        exchange.head()?;
-        let mut events = ProcessStream { exchange, buffer: Vec::new(), pid: 0, done: false };
+        let head = exchange.head()?;
+        let raw = head.headers.get(raw::HEADER) == Some(raw::VERSION);
+        let mut events = ProcessStream { exchange, buffer: Vec::new(), pid: 0, raw, done: false };
         match events.next() {
             Some(Ok(ProcessEvent::Start(start))) => events.pid = start.pid,
             Some(Err(error)) => return Err(error),
@@ -195,6 +198,7 @@ pub struct ProcessStream {
     exchange: Exchange,
     buffer: Vec<u8>,
     pid: u32,
+    raw: bool,
     done: bool,
 }
 
@@ -203,6 +207,12 @@ impl ProcessStream {
     #[must_use]
     pub const fn pid(&self) -> u32 {
         self.pid
+    }
+
+    /// Whether the agent takes raw frames: [`InputStream::send_raw`].
+    #[must_use]
+    pub const fn takes_raw(&self) -> bool {
+        self.raw
     }
 
     /// A handle on the connection: shutting it down ends the iteration from another thread.
@@ -225,6 +235,17 @@ impl ProcessStream {
                     let end: EndOfStream =
                         serde_json::from_slice(frame.payload).map_err(malformed)?;
                     return end.error.map_or(Ok(None), |error| Err(error.into()));
+                }
+                if let Some(split) = raw::split(&frame) {
+                    let (channel, data) =
+                        split.map_err(|e| ClientError::Protocol(e.to_string()))?;
+                    let data = match channel {
+                        Channel::Stdout | Channel::Stdin => DataEvent::Stdout(data.to_vec()),
+                        Channel::Stderr => DataEvent::Stderr(data.to_vec()),
+                        Channel::Terminal => DataEvent::Pty(data.to_vec()),
+                    };
+                    self.buffer.drain(..len);
+                    return Ok(Some(ProcessEvent::Data(data)));
                 }
                 let message: StreamResponse =
                     serde_json::from_slice(frame.payload).map_err(malformed)?;
@@ -255,6 +276,8 @@ impl Iterator for ProcessStream {
 /// Input on its way to a process.
 pub struct InputStream {
     exchange: Exchange,
+    /// Where pieces are put together.
+    buffer: Vec<u8>,
 }
 
 impl InputStream {
@@ -262,10 +285,19 @@ impl InputStream {
     ///
     /// # Errors
     ///
-    /// The connection broke.
+    /// The connection broke, or the agent has refused something before.
     pub fn send(&mut self, input: ProcessInput) -> Result<(), ClientError> {
         let data = Some(StreamInputData { input });
         self.message(&StreamInputRequest { data, ..Default::default() })
+    }
+
+    /// As [`InputStream::send`], without JSON and base64: to an agent that [takes it](ProcessStream::takes_raw).
+    ///
+    /// # Errors
+    ///
+    /// As for [`InputStream::send`].
+    pub fn send_raw(&mut self, channel: Channel, data: &[u8]) -> Result<(), ClientError> {
+        self.frame(|out| raw::encode(out, channel, data))
     }
 
     /// Says that there is no more, and waits until all has been taken. Standard input stays open.
@@ -291,11 +323,21 @@ impl InputStream {
     }
 
     fn message(&mut self, message: &StreamInputRequest) -> Result<(), ClientError> {
-        let mut frame = Vec::with_capacity(HEADER_LEN + 256);
-        connect::encode_with(&mut frame, 0, |out| write_json(out, message));
-        let mut chunk = format!("{:x}\r\n", frame.len()).into_bytes();
-        chunk.extend_from_slice(&frame);
-        chunk.extend_from_slice(b"\r\n");
-        self.exchange.write(&chunk)
+        self.frame(|out| connect::encode_with(out, 0, |out| write_json(out, message)))
+    }
+
+    /// Sends one frame as a chunk of its own, unless the agent has answered: before the end that is a refusal.
+    fn frame(&mut self, encode: impl FnOnce(&mut Vec<u8>)) -> Result<(), ClientError> {
+        if wait_readable(&self.exchange.stream, Some(Duration::ZERO))? {
+            return Err(ClientError::Ended);
+        }
+        self.buffer.clear();
+        // The size is known only behind it: leading zeros fill the room kept for it.
+        self.buffer.extend_from_slice(b"00000000\r\n");
+        encode(&mut self.buffer);
+        let size = format!("{:08x}", self.buffer.len() - 10);
+        self.buffer[..size.len()].copy_from_slice(size.as_bytes());
+        self.buffer.extend_from_slice(b"\r\n");
+        self.exchange.write(&self.buffer)
     }
 }

@@ -3,7 +3,7 @@
 //! Three protocols share HTTP/1.1 as their carrier:
 //!
 //! - [`process`]: E2B's `process.Process` service in Connect's JSON form, framed by [`connect`], on
-//!   [`ENVD_PORT`].
+//!   [`ENVD_PORT`]; between our own ends, data is in [`raw`] frames.
 //! - [`interpreter`]: E2B's code interpreter on [`INTERPRETER_PORT`], with forkd's `/warm`.
 //! - [`init`]: forkd's identity and fork notice, `POST /init` on [`ENVD_PORT`].
 //!
@@ -14,6 +14,7 @@ pub mod hello;
 pub mod init;
 pub mod interpreter;
 pub mod process;
+pub mod raw;
 
 /// Vsock (and TCP) port of envd's protocol.
 pub const ENVD_PORT: u32 = 49983;

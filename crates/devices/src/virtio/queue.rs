@@ -278,6 +278,8 @@ impl VirtQueue {
         if !std::mem::take(&mut self.used_any) {
             return Ok(false);
         }
+        // The guest allows interrupts, then looks at the used ring: the other way round here (virtio 1.2, section 2.7.7).
+        fence(Ordering::SeqCst);
         let avail = GuestAddress(self.avail);
         let ring = self.ring()?;
         if ring.event_idx_enabled() {

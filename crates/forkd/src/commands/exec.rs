@@ -21,7 +21,7 @@ use crate::{output, registry};
 use terminal::RawTerminal;
 
 /// Bytes of standard input that are sent at once.
-const CHUNK: usize = 32 << 10;
+const CHUNK: usize = 64 << 10;
 /// SIGINT: signal(7).
 const SIGINT: i32 = 2;
 
@@ -178,16 +178,17 @@ fn stream(running: &mut Running, mut answer: Option<&mut Answer>) -> Result<Ende
 }
 
 fn forward_stdin(control: &crate::guest::Control, tty: bool) -> Result<()> {
+    let mut input = control.open_input(tty)?;
     let mut stdin = std::io::stdin().lock();
     let mut chunk = vec![0; CHUNK];
     loop {
         let count = stdin.read(&mut chunk).context("cannot read standard input")?;
         if count == 0 {
             // A command that has ended takes no more input; that is no failure.
-            let _ = control.close_input();
+            let _ = input.close();
             return Ok(());
         }
-        if control.input(&chunk[..count], tty).is_err() {
+        if input.send(&chunk[..count]).is_err() {
             return Ok(());
         }
     }

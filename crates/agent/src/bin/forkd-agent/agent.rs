@@ -27,8 +27,8 @@ use crate::timers::Timers;
 
 /// Most connections at once; more wait in the listening sockets' queues.
 const MAX_CONNS: usize = 1024;
-/// Bytes read at once: what a pipe holds.
-const SCRATCH: usize = 64 << 10;
+/// Bytes read at once: what a pipe to or from a process holds.
+const SCRATCH: usize = crate::process::start::PIPE;
 /// Fewer events than this at once are all that there are: what the reactor takes in one wait.
 const BATCH: usize = 64;
 /// How long a connection may be kept out of the epoll set (see `conn.rs`).

@@ -16,12 +16,15 @@ use rustix::io::Errno;
 use crate::agent::Agent;
 use crate::interpreter::Execute;
 use crate::outbox::{Flushed, LOW, Outbox};
-use crate::process::rpc::{Input, Stream};
+use crate::process::input::Input;
+use crate::process::rpc::Stream;
 use crate::slab::Key;
 use crate::source::Source;
 
 /// Longest body of a request that is taken as a whole, in bytes.
 pub const MAX_BODY: usize = 5 << 20;
+/// Bytes received at once. What they become on their way is small enough for the allocator to keep its memory.
+const RECEIVE: usize = 64 << 10;
 /// Most bytes kept of a request that comes while another is served.
 const MAX_PIPELINED: usize = 64 << 10;
 
@@ -142,7 +145,7 @@ impl Agent {
     /// Reads once.
     pub fn conn_read(&mut self, key: Key) {
         let Some(conn) = self.conns.get_mut(key) else { return };
-        match rustix::io::read(&conn.fd, &mut *self.scratch) {
+        match rustix::io::read(&conn.fd, &mut self.scratch[..RECEIVE]) {
             Ok(0) => self.close_conn(key, Gone::Eof),
             Ok(n) if conn.closing == Closing::No => {
                 conn.decoder.feed(&self.scratch[..n]);
@@ -269,8 +272,16 @@ impl Agent {
 
     /// Begins an answer whose body comes piece by piece.
     pub fn begin_stream(&mut self, key: Key, content_type: &str) {
+        self.begin_stream_with(key, content_type, &[]);
+    }
+
+    /// As [`Agent::begin_stream`], with more headers.
+    pub fn begin_stream_with(&mut self, key: Key, content_type: &str, more: &[(&str, &str)]) {
         let Some(conn) = self.conns.get_mut(key) else { return };
         let mut headers = Headers::new().with("Content-Type", content_type);
+        for (name, value) in more {
+            headers.push(name, value);
+        }
         if !conn.keep_alive {
             headers.push("Connection", "close");
         }

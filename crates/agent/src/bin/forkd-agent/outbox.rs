@@ -15,7 +15,7 @@ const SIZE_LINE: usize = 10;
 pub const HIGH: usize = 256 << 10;
 /// Below this many, it may go on.
 pub const LOW: usize = 64 << 10;
-/// A buffer that grew beyond this is given back when it is empty.
+/// A buffer that grew beyond this is given back when it is empty and no body is being sent.
 const KEEP: usize = 64 << 10;
 
 /// How a flush ended.
@@ -34,6 +34,8 @@ pub struct Outbox {
     sent: usize,
     /// Where the open chunk's size line is.
     chunk: Option<usize>,
+    /// A chunked body has begun and not ended: the buffer will be needed again.
+    streaming: bool,
 }
 
 impl Outbox {
@@ -50,6 +52,7 @@ impl Outbox {
 
     /// Appends a piece of a chunked body. `write` must append something.
     pub fn piece(&mut self, write: impl FnOnce(&mut Vec<u8>)) {
+        self.streaming = true;
         if self.chunk.is_none() {
             self.chunk = Some(self.bytes.len());
             self.bytes.extend_from_slice(b"00000000\r\n");
@@ -60,6 +63,7 @@ impl Outbox {
     /// Appends the end of a chunked body.
     pub fn end(&mut self) {
         self.raw(|out| out.extend_from_slice(b"0\r\n\r\n"));
+        self.streaming = false;
     }
 
     fn close_chunk(&mut self) {
@@ -90,7 +94,7 @@ impl Outbox {
                 Err(errno) => return Err(errno.into()),
             }
         }
-        if self.bytes.capacity() > KEEP {
+        if self.bytes.capacity() > KEEP && !self.streaming {
             self.bytes = Vec::new();
         }
         self.bytes.clear();

@@ -19,9 +19,10 @@ use forkd_sys::reactor::Interest;
 use super::packet::{Header, MAX_PAYLOAD, Ports, op, shut};
 
 /// Bytes from the guest that a connection holds for the host at most: the credit it gives.
-pub const BUFFER: u32 = 128 * 1024;
-/// Bytes taken by the host after which the guest is told, if no packet does it in passing.
-const CREDIT_STEP: u32 = BUFFER / 4;
+pub const BUFFER: u32 = 256 * 1024;
+/// Bytes taken by the host after which the guest is told, if no packet does it in passing. It still has as much to go on with;
+/// each telling costs it an interrupt.
+const CREDIT_STEP: u32 = BUFFER / 2;
 
 /// Where a connection stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -11,6 +11,7 @@
 //! the process waits. A process that has ended but whose pipes are held by others (a server started
 //! in the background) lingers: what they write is dropped, rather than their being killed by SIGPIPE.
 
+pub mod input;
 pub mod rpc;
 pub mod start;
 mod stdin;
@@ -19,6 +20,7 @@ use std::collections::{HashMap, VecDeque};
 use std::os::fd::{AsFd, OwnedFd};
 
 use forkd_agent::protocol::process::{EndEvent, ProcessConfig};
+use forkd_agent::protocol::raw::Channel;
 use forkd_sys::reactor::{Interest, Readiness};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
@@ -36,6 +38,8 @@ use stdin::Stdin;
 const MAX_PROCESSES: usize = 512;
 /// Most bytes read of a process that has ended, before its end is told: others may go on writing.
 const MAX_DRAIN: usize = 2 << 20;
+/// Bytes read at once from which on a process is taken to go on writing: what the C library's buffers hold.
+const BUSY: usize = 4096;
 /// How many ended processes are remembered, for clients that connect late.
 const REMEMBERED: usize = 256;
 
@@ -59,6 +63,8 @@ struct Process {
     terminal: bool,
     /// Connections with a [`rpc::Stream`] on it.
     subscribers: Vec<Key>,
+    /// It wrote much lately.
+    busy: bool,
     /// The pipes are not read, because a subscriber does not keep up.
     paused: bool,
     deadline: Option<TimerId>,
@@ -123,6 +129,10 @@ impl Agent {
     /// Readiness of a process's output.
     pub fn output_ready(&mut self, key: Key, index: usize, ready: Readiness) {
         if ready.readable {
+            if self.processes.all.get(key).is_some_and(|process| process.busy) {
+                // The kernel wakes us for the first bytes in the pipe. Let it be filled.
+                std::thread::yield_now();
+            }
             self.read_output(key, index, ready.hangup);
         }
     }
@@ -138,6 +148,7 @@ impl Agent {
             // EIO of a terminal: no process has it open.
             Err(_) => 0,
         };
+        process.busy = n >= BUSY;
         if process.end.is_some() {
             process.drained += n;
         }
@@ -160,16 +171,15 @@ impl Agent {
     /// Gives the first `n` bytes of the scratch buffer to every subscriber.
     fn publish(&mut self, key: Key, index: usize, n: usize) {
         let Some(process) = self.processes.all.get_mut(key) else { return };
-        let kind = match (process.terminal, index) {
-            (true, _) => "pty",
-            (false, 0) => "stdout",
-            (false, _) => "stderr",
+        let channel = match (process.terminal, index) {
+            (true, _) => Channel::Terminal,
+            (false, 0) => Channel::Stdout,
+            (false, _) => Channel::Stderr,
         };
         let mut full = false;
         for subscriber in &process.subscribers {
             if let Some(conn) = self.conns.get_mut(*subscriber) {
-                rpc::write_data(&mut conn.out, kind, &self.scratch[..n]);
-                rpc::mark_active(conn);
+                rpc::send_data(conn, channel, &self.scratch[..n]);
                 full |= conn.out.len() > HIGH;
             }
         }

@@ -8,9 +8,10 @@ use forkd_agent::protocol::base64_bytes;
 use forkd_agent::protocol::connect::{self, Code, RpcError, STREAM_TYPE, UNARY_TYPE, write_json};
 use forkd_agent::protocol::process::{
     Empty, EndEvent, ListResponse, ProcessEvent, ProcessInfo, ProcessInput, ProcessSelector,
-    SelectRequest, SendInputRequest, SendSignalRequest, StartEvent, StartRequest,
-    StreamInputRequest, StreamResponse, UpdateRequest,
+    SelectRequest, SendInputRequest, SendSignalRequest, StartEvent, StartRequest, StreamResponse,
+    UpdateRequest,
 };
+use forkd_agent::protocol::raw::{self, Channel};
 use forkd_api::http::{RequestHead, Response};
 use rustix::termios::tcsetwinsize;
 use serde::de::DeserializeOwned;
@@ -33,18 +34,33 @@ pub struct Stream {
     deadline: Option<TimerId>,
     /// Something was sent since the last keepalive was due.
     active: bool,
+    /// Its client takes data in raw frames.
+    raw: bool,
 }
 
-/// A connection sends input to a process.
-pub struct Input {
-    process: Option<Key>,
-    buffer: Vec<u8>,
-    /// An error has been answered; the rest of the body is dropped.
-    failed: bool,
+/// Most bytes of a process in one event: a frame of 64 KiB is what E2B's clients know.
+const EVENT: usize = 48 << 10;
+
+/// Sends data of a process to one that listens.
+pub fn send_data(conn: &mut Conn, channel: Channel, data: &[u8]) {
+    let Task::Stream(stream) = &mut conn.task else { return };
+    stream.active = true;
+    if stream.raw {
+        conn.out.piece(|out| raw::encode(out, channel, data));
+        return;
+    }
+    for data in data.chunks(EVENT) {
+        write_data(&mut conn.out, channel, data);
+    }
 }
 
 /// Writes a data event as a frame.
-pub fn write_data(out: &mut Outbox, kind: &str, data: &[u8]) {
+fn write_data(out: &mut Outbox, channel: Channel, data: &[u8]) {
+    let kind = match channel {
+        Channel::Terminal => "pty",
+        Channel::Stderr => "stderr",
+        Channel::Stdin | Channel::Stdout => "stdout",
+    };
     out.piece(|out| {
         connect::encode_with(out, 0, |out| {
             out.extend_from_slice(b"{\"event\":{\"data\":{\"");
@@ -60,14 +76,7 @@ fn write_event(out: &mut Outbox, event: ProcessEvent) {
     out.piece(|out| connect::encode_with(out, 0, |out| write_json(out, &StreamResponse { event })));
 }
 
-/// Notes that a stream was sent something.
-pub fn mark_active(conn: &mut Conn) {
-    if let Task::Stream(stream) = &mut conn.task {
-        stream.active = true;
-    }
-}
-
-fn parse<T: DeserializeOwned>(json: &[u8]) -> Result<T, RpcError> {
+pub(super) fn parse<T: DeserializeOwned>(json: &[u8]) -> Result<T, RpcError> {
     serde_json::from_slice(json).map_err(|e| RpcError::new(Code::InvalidArgument, e.to_string()))
 }
 
@@ -94,6 +103,11 @@ fn basic_user(head: &RequestHead) -> Result<Option<String>, RpcError> {
     }
 }
 
+/// Whether the client of a stream takes raw frames.
+fn takes_raw(head: &RequestHead) -> bool {
+    head.headers.get(raw::HEADER).is_some_and(|version| version.trim() == raw::VERSION)
+}
+
 fn millis(head: &RequestHead, name: &str) -> Result<Option<u64>, RpcError> {
     let Some(text) = head.headers.get(name) else { return Ok(None) };
     let number = text.trim().parse::<u64>().map_err(|_| {
@@ -103,7 +117,7 @@ fn millis(head: &RequestHead, name: &str) -> Result<Option<u64>, RpcError> {
 }
 
 impl Processes {
-    fn find(&self, selector: &ProcessSelector) -> Result<Key, RpcError> {
+    pub(super) fn find(&self, selector: &ProcessSelector) -> Result<Key, RpcError> {
         let key = match (selector.pid, &selector.tag) {
             (Some(pid), _) => {
                 i32::try_from(pid).ok().and_then(|pid| self.by_pid.get(&pid).copied())
@@ -204,7 +218,7 @@ impl Agent {
                 process.deadline = deadline;
             }
         }
-        self.subscribe(key, process, pid, keepalive, None);
+        self.subscribe(key, process, pid, keepalive, None, takes_raw(head));
         Ok(None)
     }
 
@@ -220,7 +234,7 @@ impl Agent {
         match self.processes.find(&request.process) {
             Ok(process) => {
                 let pid = self.processes.all.get(process).map_or(0, |p| p.pid);
-                self.subscribe(key, process, pid, keepalive, limit);
+                self.subscribe(key, process, pid, keepalive, limit, takes_raw(head));
             }
             Err(error) => {
                 let ended = self.processes.find_ended(&request.process).ok_or(error)?;
@@ -244,8 +258,13 @@ impl Agent {
         pid: i32,
         keepalive_s: Option<u64>,
         limit_ms: Option<u64>,
+        raw: bool,
     ) {
-        self.begin_stream(key, STREAM_TYPE);
+        if raw {
+            self.begin_stream_with(key, STREAM_TYPE, &[(raw::HEADER, raw::VERSION)]);
+        } else {
+            self.begin_stream(key, STREAM_TYPE);
+        }
         let keepalive = keepalive_s.and_then(|seconds| {
             let interval = Duration::from_secs(seconds);
             Some((interval, self.timers.after(interval, Timer::Keepalive(key))?))
@@ -254,7 +273,7 @@ impl Agent {
             self.timers.after(Duration::from_millis(limit), Timer::StreamDeadline(key))
         });
         if let Some(conn) = self.conns.get_mut(key) {
-            conn.task = Task::Stream(Stream { process, keepalive, deadline, active: true });
+            conn.task = Task::Stream(Stream { process, keepalive, deadline, active: true, raw });
             write_event(&mut conn.out, ProcessEvent::Start(StartEvent { pid: pid.unsigned_abs() }));
         }
         if let Some(process) = self.processes.all.get_mut(process) {
@@ -364,7 +383,12 @@ impl Agent {
     }
 
     /// Queues input; true if it waits for the process to read.
-    fn queue_input(&mut self, key: Key, input: &ProcessInput) -> Result<Sent, RpcError> {
+    pub(super) fn queue_input(
+        &mut self,
+        key: Key,
+        channel: Channel,
+        data: &[u8],
+    ) -> Result<Sent, RpcError> {
         let Some(process) = self.processes.all.get_mut(key) else {
             return Err(RpcError::new(Code::NotFound, "the process has ended"));
         };
@@ -372,13 +396,14 @@ impl Agent {
         let wrong = |text: &str| {
             Err(RpcError::new(Code::FailedPrecondition, format!("process {pid} {text}")))
         };
-        let data = match (&input.stdin, &input.pty) {
-            (Some(data), _) if !process.terminal => data,
-            (None, Some(data)) if process.terminal => data,
-            (Some(_), _) => return wrong("has a terminal: send to pty, not to stdin"),
-            (None, Some(_)) => return wrong("has no terminal: send to stdin, not to pty"),
-            (None, None) => return Ok(Sent::Written),
-        };
+        match (channel, process.terminal) {
+            (Channel::Stdin, false) | (Channel::Terminal, true) => {}
+            (Channel::Stdin, true) => return wrong("has a terminal: send to pty, not to stdin"),
+            (Channel::Terminal, false) => {
+                return wrong("has no terminal: send to stdin, not to pty");
+            }
+            (Channel::Stdout | Channel::Stderr, _) => return wrong("takes no input there"),
+        }
         let result = process.stdin.send(data);
         self.watch_stdin(key);
         result.map_err(|error| {
@@ -393,7 +418,11 @@ impl Agent {
     fn send_input(&mut self, conn: Key, body: &[u8]) -> Result<Option<Vec<u8>>, RpcError> {
         let request: SendInputRequest = parse(body)?;
         let key = self.processes.find(&request.process)?;
-        if self.queue_input(key, &request.input)? == Sent::Written {
+        let sent = match piece(&request.input) {
+            Some((channel, data)) => self.queue_input(key, channel, data)?,
+            None => Sent::Written,
+        };
+        if sent == Sent::Written {
             return Ok(empty());
         }
         self.wait_for_input(conn, key);
@@ -403,7 +432,7 @@ impl Agent {
         Ok(None)
     }
 
-    fn wait_for_input(&mut self, conn: Key, process: Key) {
+    pub(super) fn wait_for_input(&mut self, conn: Key, process: Key) {
         if let Some(process) = self.processes.all.get_mut(process) {
             process.stdin.wait(conn);
         }
@@ -437,108 +466,12 @@ impl Agent {
             _ => {}
         }
     }
+}
 
-    /// `StreamInput` begins.
-    pub fn input_begins(&mut self, key: Key) {
-        if let Some(conn) = self.conns.get_mut(key) {
-            conn.task = Task::Input(Input { process: None, buffer: Vec::new(), failed: false });
-        }
-    }
-
-    /// A piece of the body of `StreamInput`.
-    pub fn input_data(&mut self, key: Key, data: &[u8]) {
-        let Some(conn) = self.conns.get_mut(key) else { return };
-        let Task::Input(input) = &mut conn.task else { return };
-        if input.failed {
-            return;
-        }
-        input.buffer.extend_from_slice(data);
-        let mut buffer = std::mem::take(&mut input.buffer);
-        let mut taken = 0;
-        let result = loop {
-            match connect::decode(&buffer[taken..]) {
-                Ok(None) => break Ok(()),
-                Ok(Some(frame)) => {
-                    taken += frame.encoded_len();
-                    if let Err(error) =
-                        parse(frame.payload).and_then(|m| self.input_message(key, m))
-                    {
-                        break Err(error);
-                    }
-                }
-                Err(error) => {
-                    break Err(RpcError::new(Code::InvalidArgument, error.to_string()));
-                }
-            }
-        };
-        buffer.drain(..taken);
-        if let Some(Task::Input(input)) = self.conns.get_mut(key).map(|conn| &mut conn.task) {
-            input.buffer = buffer;
-        }
-        if let Err(error) = result {
-            self.answer_input(key, Some(&error), false);
-        }
-    }
-
-    fn input_message(&mut self, key: Key, message: StreamInputRequest) -> Result<(), RpcError> {
-        let process = match self.conns.get(key).map(|conn| &conn.task) {
-            Some(Task::Input(input)) => input.process,
-            _ => return Ok(()),
-        };
-        if let Some(start) = message.start {
-            let found = self.processes.find(&start.process)?;
-            if let Some(Task::Input(input)) = self.conns.get_mut(key).map(|conn| &mut conn.task) {
-                input.process = Some(found);
-            }
-            return Ok(());
-        }
-        let Some(data) = message.data else { return Ok(()) };
-        let process = process.ok_or_else(|| {
-            RpcError::new(Code::InvalidArgument, "input comes before a process is selected")
-        })?;
-        if self.queue_input(process, &data.input)? == Sent::Queued
-            && self.conns.get(key).is_some_and(|conn| !conn.paused)
-        {
-            self.wait_for_input(key, process);
-            if let Some(conn) = self.conns.get_mut(key) {
-                conn.paused = true;
-            }
-        }
-        Ok(())
-    }
-
-    /// The body of `StreamInput` has ended.
-    pub fn input_ends(&mut self, key: Key) {
-        let Some(conn) = self.conns.get_mut(key) else { return };
-        let Task::Input(input) = &mut conn.task else { return };
-        if input.failed {
-            self.end_stream(key);
-        } else if !input.buffer.is_empty() {
-            let error = RpcError::new(Code::InvalidArgument, "the last frame is not complete");
-            self.answer_input(key, Some(&error), true);
-        } else {
-            self.answer_input(key, None, true);
-        }
-    }
-
-    /// Answers `StreamInput`. If its body has not ended, the rest is read and dropped first.
-    fn answer_input(&mut self, key: Key, error: Option<&RpcError>, body_ended: bool) {
-        self.begin_stream(key, STREAM_TYPE);
-        let Some(conn) = self.conns.get_mut(key) else { return };
-        if error.is_none() {
-            conn.out.piece(|out| connect::encode(out, 0, b"{}"));
-        }
-        conn.out.piece(|out| connect::encode_end(out, error));
-        conn.paused = false;
-        if body_ended {
-            self.end_stream(key);
-        } else if let Task::Input(input) = &mut conn.task {
-            input.failed = true;
-            input.buffer = Vec::new();
-            self.mark_dirty(key);
-            self.again.push(key);
-        }
-    }
+/// What a message brings, and for whom.
+pub(super) fn piece(input: &ProcessInput) -> Option<(Channel, &[u8])> {
+    let stdin = input.stdin.as_ref().map(|data| (Channel::Stdin, data.as_slice()));
+    stdin.or_else(|| input.pty.as_ref().map(|data| (Channel::Terminal, data.as_slice())))
 }
 
 fn empty() -> Option<Vec<u8>> {

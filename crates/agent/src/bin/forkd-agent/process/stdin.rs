@@ -71,9 +71,37 @@ impl Stdin {
         if self.queue.len() + data.len() > MAX_QUEUE {
             return Err(StdinError::Full);
         }
-        self.queue.extend_from_slice(data);
         self.queued += data.len() as u64;
-        self.pump()
+        if !self.queue.is_empty() {
+            self.queue.extend_from_slice(data);
+            return self.pump();
+        }
+        let (done, result) = self.write(data);
+        match result {
+            Ok(Sent::Queued) => self.queue.extend_from_slice(&data[done..]),
+            Ok(Sent::Written) => {}
+            Err(_) => self.broken = true,
+        }
+        result
+    }
+
+    /// Writes what the descriptor takes of `data`; how much that was is told in any case.
+    fn write(&mut self, data: &[u8]) -> (usize, Result<Sent, StdinError>) {
+        let Some(fd) = &self.fd else { return (0, Err(StdinError::Closed)) };
+        let mut done = 0;
+        let result = loop {
+            if done == data.len() {
+                break Ok(Sent::Written);
+            }
+            match rustix::io::write(fd, &data[done..]) {
+                Ok(n) => done += n,
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => break Ok(Sent::Queued),
+                Err(errno) => break Err(StdinError::Write(errno.into())),
+            }
+        };
+        self.written += done as u64;
+        (done, result)
     }
 
     /// Has `waiter` told when all that is queued now has been written.
@@ -83,21 +111,10 @@ impl Stdin {
 
     /// Writes what can be written.
     fn pump(&mut self) -> Result<Sent, StdinError> {
-        let Some(fd) = &self.fd else { return Err(StdinError::Closed) };
-        let mut done = 0;
-        let result = loop {
-            if done == self.queue.len() {
-                break Ok(Sent::Written);
-            }
-            match rustix::io::write(fd, &self.queue[done..]) {
-                Ok(n) => done += n,
-                Err(Errno::INTR) => {}
-                Err(Errno::AGAIN) => break Ok(Sent::Queued),
-                Err(errno) => break Err(StdinError::Write(errno.into())),
-            }
-        };
-        self.queue.drain(..done);
-        self.written += done as u64;
+        let mut queue = std::mem::take(&mut self.queue);
+        let (done, result) = self.write(&queue);
+        queue.drain(..done);
+        self.queue = queue;
         if self.queue.is_empty() {
             self.queue = Vec::new();
         }

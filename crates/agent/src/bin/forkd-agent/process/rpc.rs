@@ -38,8 +38,8 @@ pub struct Stream {
     raw: bool,
 }
 
-/// Most bytes of a process in one event: a frame of 64 KiB is what E2B's clients know.
-const EVENT: usize = 48 << 10;
+/// Most bytes of a process in one JSON event, however many were read at once.
+const EVENT: usize = 64 << 10;
 
 /// Sends data of a process to one that listens.
 pub fn send_data(conn: &mut Conn, channel: Channel, data: &[u8]) {

@@ -72,9 +72,10 @@ impl Stdin {
             return Err(StdinError::Full);
         }
         self.queued += data.len() as u64;
+        // What is queued is written when the reactor tells of room, and then those who wait are told: here nobody would be.
         if !self.queue.is_empty() {
             self.queue.extend_from_slice(data);
-            return self.pump();
+            return Ok(Sent::Queued);
         }
         let (done, result) = self.write(data);
         match result {
@@ -214,6 +215,20 @@ mod tests {
         }
         assert_eq!(served, [key(1), key(2)]);
         assert_eq!(got, [vec![1; 100_000], vec![2; 50_000]].concat());
+    }
+
+    /// A stream stood still for good: its second message emptied the queue, of which its first was to be told.
+    #[test]
+    fn input_that_comes_while_others_wait_leaves_it_to_the_reactor_to_tell_them() {
+        let (reader, writer) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).unwrap();
+        let mut stdin = Stdin::new(Some(writer));
+        assert_eq!(stdin.send(&vec![1; 100_000]).unwrap(), Sent::Queued);
+        stdin.wait(Key::from_bits(1));
+        while rustix::io::read(&reader, &mut [0u8; 30_000]).is_ok() {}
+        assert_eq!(stdin.send(b"x").unwrap(), Sent::Queued);
+        assert!(!stdin.queue.is_empty(), "so its room is still watched for");
+        stdin.pump().unwrap();
+        assert_eq!(stdin.served(), [Key::from_bits(1)]);
     }
 
     #[test]

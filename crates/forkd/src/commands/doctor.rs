@@ -8,8 +8,8 @@ use anyhow::Result;
 use serde::Serialize;
 
 use crate::cli::OutputArgs;
-use crate::{host, output};
 use crate::paths::Paths;
+use crate::{host, output};
 
 /// Check this host
 ///

@@ -28,6 +28,7 @@ mod exec;
 mod fixture;
 mod forced_failures;
 mod fork;
+mod guest_kernel;
 mod identity;
 mod io_under_load;
 mod isolation;
@@ -76,6 +77,7 @@ fn tests() -> Vec<runner::Test> {
         snapshots::TESTS,
         diffs::TESTS,
         smp::TESTS,
+        guest_kernel::TESTS,
         matrix::TESTS,
         bench::TESTS,
         bad_boots::TESTS,

@@ -163,7 +163,7 @@ fn forks_under_load_are_right(suite: &Suite) -> Result<()> {
     let forks = std::env::var("FORKD_FORKS").map_or(Ok(FORKS), |n| n.parse())?;
     source.guest(&["load", "start", "/tmp/load"])?;
     let check = |vm: &Vm<'_>| -> Result<u64> {
-        Ok(vm.guest(&["load", "check", "/tmp/load", "3"])?.parse()?)
+        Ok(vm.guest(&["load", "check", "/tmp/load", "2"])?.parse()?)
     };
     let (mut done, mut last) = (0, check(&source)?);
     while done < forks {

@@ -23,6 +23,7 @@ mod collapse;
 mod command;
 mod diffs;
 mod durable;
+mod emulated;
 mod eval;
 mod exec;
 mod fixture;
@@ -78,6 +79,7 @@ fn tests() -> Vec<runner::Test> {
         diffs::TESTS,
         smp::TESTS,
         guest_kernel::TESTS,
+        emulated::TESTS,
         matrix::TESTS,
         bench::TESTS,
         bad_boots::TESTS,

@@ -66,7 +66,7 @@ static void calls(void) {
 }
 
 static void faults(void) {
-    const size_t pages = 64, step = 4096 / sizeof(uint64_t);
+    const size_t pages = 16, step = 4096 / sizeof(uint64_t);
     for (;; me->rounds++) {
         volatile uint64_t *room =
             mmap(NULL, pages * 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);

@@ -27,8 +27,20 @@ pub const SMP: &str = "smp";
 /// Deadline of what is no test: making the snapshots, and cleaning up.
 const SETUP: Duration = Duration::from_secs(600);
 /// Sources of the guest's test program, below tests/guest.
-const GUEST_SOURCES: [&str; 7] =
-    ["main.c", "ring.c", "count.c", "simd.c", "clock.c", "fill.c", "process.c"];
+const GUEST_SOURCES: [&str; 9] =
+    ["main.c", "ring.c", "count.c", "simd.c", "clock.c", "fill.c", "process.c", "cpus.c", "load.c"];
+/// Sources of the program that tries what user mode may do to the kernel.
+const PROBE_SOURCES: [&str; 9] = [
+    "probes/main.c",
+    "probes/memory.c",
+    "probes/frames.c",
+    "probes/instructions.c",
+    "probes/segments.c",
+    "probes/flags.c",
+    "probes/trace.c",
+    "probes/tasks.c",
+    "probes/stale.c",
+];
 
 /// What the warm-up makes, beside the test program: children must find it.
 const WARM_CODE: &str = "
@@ -191,7 +203,7 @@ impl Suite {
         find(forkd().env("FORKD_HOME", &cache))?.context("the image was built and is not there")
     }
 
-    /// Directory of the guest's programs, compiled: `guest`, `init_exits`, `init_silent`.
+    /// Directory of the guest's programs, compiled: `guest`, `probes`, `init_exits`, `init_silent`.
     pub fn programs(&self) -> Result<&Path> {
         let made = self.programs.get_or_init(|| self.compile().map_err(|e| format!("{e:#}")));
         made.as_deref().map_err(|e| anyhow::anyhow!("{e}"))
@@ -202,12 +214,15 @@ impl Suite {
         let dir = self.scratch("programs")?;
         let gcc = |out: &str, files: &[&str]| {
             self.program("/usr/bin/gcc")
-                .args(["-static", "-pthread", "-O2", "-s", "-Wall", "-Wextra", "-Werror", "-o"])
+                .args(["-static", "-pthread", "-O2", "-s", "-Wall", "-Wextra", "-Werror"])
+                // Inline assembly of the probes pushes onto the stack.
+                .args(["-mno-red-zone", "-o"])
                 .arg(dir.join(out))
                 .args(files.iter().map(|file| sources.join(file)))
                 .ok()
         };
         gcc("guest", &GUEST_SOURCES)?;
+        gcc("probes", &PROBE_SOURCES)?;
         gcc("init_exits", &["init_exits.c"])?;
         gcc("init_silent", &["init_silent.c"])?;
         Ok(dir)

@@ -23,11 +23,13 @@ mod collapse;
 mod command;
 mod diffs;
 mod durable;
+mod emulated;
 mod eval;
 mod exec;
 mod fixture;
 mod forced_failures;
 mod fork;
+mod guest_kernel;
 mod identity;
 mod io_under_load;
 mod isolation;
@@ -76,6 +78,8 @@ fn tests() -> Vec<runner::Test> {
         snapshots::TESTS,
         diffs::TESTS,
         smp::TESTS,
+        guest_kernel::TESTS,
+        emulated::TESTS,
         matrix::TESTS,
         bench::TESTS,
         bad_boots::TESTS,

@@ -1,6 +1,7 @@
 //! A VM as its user sees it: through forkd's verbs.
 
-use std::path::PathBuf;
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -155,6 +156,14 @@ impl<'s> Vm<'s> {
     /// Runs a shell script, which must succeed; gives its output.
     pub fn sh(&self, script: &str) -> Result<String> {
         Ok(self.exec(&["/bin/sh", "-c", script]).ok()?.text())
+    }
+
+    /// Puts a program into /tmp, under its own name.
+    pub fn install(&self, program: &Path) -> Result<()> {
+        let name = program.file_name().context("a program has a name")?.to_string_lossy();
+        let script = format!("cat > /tmp/{name} && chmod +x /tmp/{name}");
+        let receive = self.exec_with(&["-i"], &["/bin/sh", "-c", &script]);
+        receive.stdin(fs::read(program)?).ok().map(drop)
     }
 
     /// Runs the guest's test program, which must succeed; gives its output.

@@ -31,5 +31,10 @@ int barrier_main(int argc, char **argv);
 int orphans_main(int argc, char **argv);
 int crash_init_main(int argc, char **argv);
 int freeze_init_main(int argc, char **argv);
+int sum_main(int argc, char **argv);
+int clocks_main(int argc, char **argv);
+int sleep_main(int argc, char **argv);
+int now_main(int argc, char **argv);
+int load_main(int argc, char **argv);
 
 #endif

@@ -87,6 +87,8 @@ int main(int argc, char **argv) {
         {"ring", ring_main},       {"count", count_main},     {"simd", simd_main},
         {"clock", clock_main},     {"fill", fill_main},       {"barrier", barrier_main},
         {"orphans", orphans_main}, {"crash-init", crash_init_main}, {"freeze-init", freeze_init_main},
+        {"sum", sum_main},         {"clocks", clocks_main},   {"sleep", sleep_main},   {"now", now_main},
+        {"load", load_main},
     };
     if (argc < 2) wrong("which verb?");
     for (size_t i = 0; i < sizeof verbs / sizeof *verbs; i++)

@@ -15,6 +15,8 @@ PREFIX ?= /usr/local
 FUZZ_SECONDS ?= 10
 # More arguments for `make bench-branch`: BENCH_ARGS="--mem 512 --rounds 5".
 BENCH_ARGS ?=
+# Flavour of the guest kernel: stock, pvm, or both. If empty, the one that this host needs.
+FLAVOUR ?=
 
 .PHONY: help
 help: ## list the targets
@@ -44,9 +46,13 @@ agent: ## build the guest agent, a static binary
 		RUSTFLAGS="-C target-feature=+crt-static" build $(GNU); \
 	fi
 
+# The host is asked. Where it has no answer (no KVM at all), the stock kernel is the one that boots everywhere.
 .PHONY: kernel
-kernel: ## build the guest kernel (minutes, once)
-	@guest/kernel/build.sh >/dev/null
+kernel: forkd ## build the guest kernel that this host needs, or FLAVOUR=stock|pvm|both (minutes, once)
+	@flavours="$(FLAVOUR)"; \
+	if [[ -z $$flavours ]]; then flavours=$$($(FORKD) doctor --kernel-flavour 2>/dev/null) || flavours=stock; fi; \
+	if [[ $$flavours == both ]]; then flavours="stock pvm"; fi; \
+	for flavour in $$flavours; do guest/kernel/build.sh "$$flavour" >/dev/null; done
 
 .PHONY: image
 image: forkd ## build the root image: Debian with Python and numpy (a minute, once)

@@ -1,27 +1,42 @@
 #!/usr/bin/env bash
-# Builds forkd's guest kernel from Debian's kernel source, patches/ and forkd.config.
+# Builds one flavour of forkd's guest kernel from Debian's kernel source, patches/ and the flavour's configuration.
 #
-#   guest/kernel/build.sh          build unless cached; the last line of stdout is the path of vmlinux
-#   FORKD_JOBS=2 guest/kernel/build.sh
+#   guest/kernel/build.sh [stock|pvm]    build unless cached; the last line of stdout is the path of vmlinux
+#
+#   FORKD_JOBS=N                         compile N files at a time, by default one for each CPU
+#   FORKD_KERNEL_PLAIN=1                 compile with gcc itself: twice the time, and all warnings, in the log
 #
 # The result is cached under ${FORKD_CACHE:-${XDG_CACHE_HOME:-~/.cache}/forkd}/kernels/<digest>/, where
 # the digest covers the config, the patches, the version of the source package, and RECIPE. kernels/current points
-# to the newest. All progress goes to stderr. README.md tells more.
+# to the newest of the flavour stock, kernels/current-pvm to that of pvm. All progress goes to stderr. README.md tells
+# more.
 set -euo pipefail
 
 # Raise it when a change to this script changes the kernel that comes out.
-readonly RECIPE=1
+readonly RECIPE=2
 readonly SOURCE_PACKAGE=linux-source-6.12
 readonly SOURCE_TAR=/usr/src/$SOURCE_PACKAGE.tar.xz
 readonly BUILD_PACKAGES=(bc binutils bison flex gcc libc6-dev libelf-dev libssl-dev make patch perl xz-utils)
 # Room for the unpacked source and the objects.
-readonly NEED_MIB=2500
+readonly NEED_MIB=1500
+# How many compiled files the average step after "LD vmlinux.o" takes as long as.
+readonly LINK_STEPS=5
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-readonly FRAGMENT=$here/forkd.config
+readonly FLAVOUR=${1:-stock}
 readonly PATCHES=("$here"/patches/*.patch)
 readonly CACHE=${FORKD_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/forkd}
 readonly KERNELS=$CACHE/kernels
+# The configuration, later ones over earlier ones, and the link to the newest kernel.
+case $FLAVOUR in
+stock) fragments=("$here/forkd.config") link=current ;;
+pvm) fragments=("$here/forkd.config" "$here/pvm.config") link=current-pvm ;;
+*)
+    printf 'kernel: error: unknown flavour "%s"; there are: stock, pvm\n' "$FLAVOUR" >&2
+    exit 2
+    ;;
+esac
+readonly fragments link
 
 staging=
 make_pid=
@@ -78,20 +93,30 @@ fail_with_log() {
 digest_for() {
     {
         printf '%s\n%s\n' "$RECIPE" "$1"
-        cat "$FRAGMENT" "${PATCHES[@]}"
+        cat "${fragments[@]}" "${PATCHES[@]}"
     } | sha256sum | cut -c1-16
 }
 
-# Points kernels/current to the digest, and prints the kernel's path.
+# Points the flavour's link to the digest, and prints the kernel's path.
 publish() {
-    if [[ $(readlink "$KERNELS/current" || true) != "$1" ]]; then
-        ln -sfn "$1" "$KERNELS/.current.$$"
-        mv -T "$KERNELS/.current.$$" "$KERNELS/current"
+    if [[ $(readlink "$KERNELS/$link" || true) != "$1" ]]; then
+        ln -sfn "$1" "$KERNELS/.$link.$$"
+        mv -T "$KERNELS/.$link.$$" "$KERNELS/$link"
     fi
     printf '%s\n' "$KERNELS/$1/vmlinux"
 }
 
-# Names each option of the fragment that differs in the final .config; fails if there are any.
+# Prints what the flavour asks for: of lines for the same option the last counts.
+asked_config() {
+    # Those that come on with CPU_MITIGATIONS, by default, and more of them with each update. A flavour that turns it
+    # on says which it wants.
+    if [[ $FLAVOUR == pvm ]]; then
+        sed -n 's/^config \(MITIGATION_[A-Z0-9_]*\)$/CONFIG_\1=n/p' "$staging/source/arch/x86/Kconfig"
+    fi
+    cat "${fragments[@]}"
+}
+
+# Names each option of the second file that differs in the first, the final .config; fails if there are any.
 verify_config() {
     awk '
         function value(line,    at) {
@@ -102,25 +127,40 @@ verify_config() {
         { got = value($0) }
         key == "" { next }
         FNR == NR { final[key] = got; next }
-        {
-            have = (key in final) ? final[key] : "n"
-            if (have != got) { printf "kernel:   %s: asked for %s, got %s\n", key, got, have; bad = 1 }
+        { asked[key] = got }
+        END {
+            for (key in asked) {
+                have = (key in final) ? final[key] : "n"
+                if (have != asked[key]) { printf "kernel:   %s: asked for %s, got %s\n", key, asked[key], have; bad = 1 }
+            }
+            exit bad
         }
-        END { exit bad }
-    ' "$1" "$FRAGMENT" >&2
+    ' "$1" "$2" >&2
+}
+
+# Prints how much of the work the log tells of: a step for each file that was compiled, and LINK_STEPS for each step of
+# linking and of making the table of symbols.
+steps_done() {
+    awk -v weight="$LINK_STEPS" '
+        linking { steps += weight; next }
+        $1 ~ /^(CC|AS|HOSTCC)$/ { steps++ }
+        $1 == "LD" && $2 == "vmlinux.o" { linking = 1 }
+        END { print steps + 0 }
+    ' "$log"
 }
 
 # Runs make in the background, with a line of progress every few seconds.
-compile() {
-    local started=$SECONDS shown=0 target
-    make "${make_args[@]}" "-j$jobs" vmlinux >"$log" 2>&1 &
+make_target() {
+    local percent target
+    make "${make_args[@]}" "-j$jobs" "$@" >>"$log" 2>&1 &
     make_pid=$!
     while kill -0 "$make_pid" 2>/dev/null; do
         sleep 1
-        if ((SECONDS - started < shown + 5)); then continue; fi
-        shown=$((SECONDS - started))
-        target=$(tail -n 1 "$log" | sed 's/^ *//; s/  */ /g')
-        say "$(printf '%4d s, %4d steps: %s' "$shown" "$(wc -l <"$log")" "$target")"
+        if ((SECONDS < shown + 5)); then continue; fi
+        shown=$SECONDS
+        target=$(grep '^  [A-Z]' "$log" | tail -n 1) || continue
+        percent=$((100 * $(steps_done) / expected))
+        say "$(printf '%3d %%, %d s: %s' "$((percent < 100 ? percent : 99))" "$SECONDS" "${target##* }")"
     done
     if wait "$make_pid"; then make_pid=; else
         make_pid=
@@ -128,8 +168,23 @@ compile() {
     fi
 }
 
+compile() {
+    local shown=$SECONDS expected steps
+    expected=$(awk -v flavour="$FLAVOUR" '$1 == flavour { print $2 }' "$here/steps")
+    : >"$log"
+    if [[ -z ${FORKD_KERNEL_PLAIN:-} ]]; then
+        # Any file that is compiled with the options that most have, none of its own.
+        CC_PRECOMPILE=1 make_target mm/util.o
+    fi
+    make_target vmlinux
+    steps=$(steps_done)
+    # The percentages would drift away from the truth with each change if nobody was told.
+    if ((steps * 50 < expected * 49 || steps * 50 > expected * 51)); then
+        say "note: these were $steps steps; $here/steps says $expected"
+    fi
+}
+
 [[ $(uname -m) == x86_64 ]] || die "only x86_64 is supported, this is $(uname -m)"
-[[ -r $FRAGMENT ]] || die "cannot read $FRAGMENT"
 
 # The usual case: the kernel is there. One dpkg-query and one sha256sum.
 if version=$(installed_version "$SOURCE_PACKAGE"); then
@@ -166,12 +221,18 @@ fi
 free_mib=$(df --output=avail -BM "$staging" | tail -n 1 | tr -dc 0-9)
 ((free_mib >= NEED_MIB)) || die "$CACHE/build has $free_mib MiB free, the build needs $NEED_MIB; free some or set FORKD_CACHE"
 
-say "building $SOURCE_PACKAGE $version with $FRAGMENT, digest $digest"
+say "building $SOURCE_PACKAGE $version, flavour $FLAVOUR, digest $digest"
 say "unpacking $SOURCE_TAR"
-# Other architectures and the largest driver are never compiled; Kconfig and Makefiles stay.
-tar -C "$staging" -xf "$SOURCE_TAR" --strip-components=1 --one-top-level=source \
-    --exclude='*/arch/*/boot/dts' --exclude='*/drivers/gpu/drm/amd/*.h' --exclude='*/drivers/gpu/drm/*.c' \
-    --exclude='*/tools/testing' --exclude='*/tools/perf' >"$log" 2>&1 || fail_with_log "cannot unpack $SOURCE_TAR"
+# What other architectures, documentation and drivers of hardware consist of is never read; Kconfig and Makefiles are.
+exclude=(--anchored)
+for part in 'arch/[!x]*.[chS]' 'arch/*/boot/dts' 'drivers/accel/*.[ch]' 'drivers/gpu/*.[ch]' 'drivers/iio/*.[ch]' \
+    'drivers/infiniband/*.[ch]' 'drivers/media/*.[ch]' 'drivers/net/ethernet/*.[ch]' 'drivers/net/wireless/*.[ch]' \
+    'drivers/scsi/*.[ch]' 'drivers/staging/*.[ch]' 'drivers/usb/*.[ch]' 'sound/*.[ch]' \
+    'Documentation/*.rst' 'Documentation/*.yaml' tools/testing tools/perf; do
+    exclude+=("--exclude=$SOURCE_PACKAGE/$part")
+done
+tar -C "$staging" -xf "$SOURCE_TAR" --strip-components=1 --one-top-level=source "${exclude[@]}" >"$log" 2>&1 ||
+    fail_with_log "cannot unpack $SOURCE_TAR"
 
 for patch in "${PATCHES[@]}"; do
     say "applying ${patch##*/}"
@@ -186,14 +247,18 @@ mkdir "$object"
 export KBUILD_BUILD_USER=forkd KBUILD_BUILD_HOST=forkd KBUILD_BUILD_TIMESTAMP='Thu Jan  1 00:00:00 UTC 1970'
 export KBUILD_BUILD_VERSION=1 LC_ALL=C
 make_args=(-C "$staging/source" "O=$object")
+if [[ -z ${FORKD_KERNEL_PLAIN:-} ]]; then
+    gcc -O1 -o "$staging/forkd-cc" "$here/cc.c" >"$log" 2>&1 || fail_with_log "cannot compile cc.c"
+    cp -r "$here/headers" "$staging/"
+    export PATH=$staging:$PATH CC_HEADERS=$staging/headers
+    make_args+=(CC=forkd-cc)
+fi
 
 say "configuring"
-{
-    make "${make_args[@]}" tinyconfig
-    "$staging/source/scripts/kconfig/merge_config.sh" -m -O "$object" "$object/.config" "$FRAGMENT"
-    make "${make_args[@]}" olddefconfig
-} >"$log" 2>&1 || fail_with_log "cannot configure the kernel"
-verify_config "$object/.config" || die "these options of $FRAGMENT did not take effect (a dependency is missing, or another option selects them)"
+asked_config >"$staging/asked.config"
+make "${make_args[@]}" "KCONFIG_ALLCONFIG=$staging/asked.config" allnoconfig >"$log" 2>&1 || fail_with_log "cannot configure the kernel"
+verify_config "$object/.config" "$staging/asked.config" ||
+    die "these options of ${fragments[*]} did not take effect (a dependency is missing, or another option selects them)"
 
 say "compiling with $jobs jobs"
 compile

@@ -6,5 +6,6 @@
 
 pub mod client;
 pub mod http;
+mod pages;
 pub mod server;
 pub mod types;

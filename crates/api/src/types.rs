@@ -11,6 +11,8 @@
 //! | `POST /persist` | [`PersistRequest`] | [`ChildResult`] |
 //! | `POST /snapshot` | [`SnapshotRequest`] | [`SnapshotReceipt`] |
 //! | `PUT /actions` | [`Action`] | 204 |
+//! | `GET /written` | | [`PageRanges`] |
+//! | `PUT /hot` | [`HotPages`] | 204 |
 //!
 //! Errors are `{"fault_message": "..."}` with a 4xx or 5xx status, as Firecracker's are.
 
@@ -18,6 +20,8 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
+
+pub use crate::pages::{HotPages, PageRanges};
 
 /// Answer to `GET /`: the part that Firecracker's clients know.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -235,24 +239,6 @@ pub struct ZygoteRequest {
     /// As of [`ForkRequest`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_pause_us: Option<u64>,
-}
-
-/// Ranges of guest RAM, in whole pages.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct PageRanges {
-    /// Guest-physical address and length in bytes of each.
-    pub ranges: Vec<(u64, u64)>,
-}
-
-/// `PUT /hot`: pages that children of a zygote write, of which each gets a copy ahead of its writes.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct HotPages {
-    /// Until the agent has acknowledged the fork.
-    pub answer: PageRanges,
-    /// Besides, until the first evaluation is done.
-    pub eval: PageRanges,
 }
 
 /// `POST /persist`: a forked writer puts a zygote into a store of durable snapshots, under its own tag.

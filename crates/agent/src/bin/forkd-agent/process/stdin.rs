@@ -224,7 +224,8 @@ mod tests {
         let mut stdin = Stdin::new(Some(writer));
         assert_eq!(stdin.send(&vec![1; 100_000]).unwrap(), Sent::Queued);
         stdin.wait(Key::from_bits(1));
-        while rustix::io::read(&reader, &mut [0u8; 30_000]).is_ok() {}
+        let mut buffer = vec![0; 30_000];
+        while rustix::io::read(&reader, &mut buffer).is_ok() {}
         assert_eq!(stdin.send(b"x").unwrap(), Sent::Queued);
         assert!(!stdin.queue.is_empty(), "so its room is still watched for");
         stdin.pump().unwrap();

@@ -20,7 +20,6 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
-
 pub use crate::pages::{HotPages, PageRanges};
 
 /// Answer to `GET /`: the part that Firecracker's clients know.

@@ -19,8 +19,8 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use serde::{Deserialize, Serialize};
 pub use crate::pages::{HotPages, PageRanges};
+use serde::{Deserialize, Serialize};
 
 /// Answer to `GET /`: the part that Firecracker's clients know.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -156,51 +156,44 @@ impl Suite {
         Run::new(Path::new(path), self.deadline())
     }
 
-    /// Whether the warm snapshot is to be expected to be there.
-    pub fn has_snapshots(&self) -> bool {
-        self.warm.get().is_some_and(Result::is_ok) || self.smp.get().is_some_and(Result::is_ok)
+    /// Whether anything has been started in the tests' home.
+    pub fn has_run(&self) -> bool {
+        self.home().join("run").exists()
     }
 
     /// Gives a home the Python image, without copying it.
     pub fn link_image(&self, home: &Path) -> Result<()> {
-        let images = home.join("images");
-        if images.join("by-tag/python").exists() {
+        if home.join("images/by-tag/python").exists() {
             return Ok(());
         }
-        let image = self.python_image()?;
-        let from = image.path.parent().context("an image has a directory")?;
-        for dir in ["by-tag", "by-recipe"] {
-            fs::create_dir_all(images.join(dir))?;
+        link(&self.python_image()?, "python", home)
+    }
+
+    /// Gives the tests' home an image of Debian packages, which is built once and kept beside the Python image of the tests.
+    pub fn package_image(&self, tag: &str, packages: &[&str]) -> Result<()> {
+        if self.home().join("images/by-tag").join(tag).exists() {
+            return Ok(());
         }
-        symlink(from, images.join(&image.digest))?;
-        let target = format!("../{}", image.digest);
-        symlink(&target, images.join("by-tag/python"))?;
-        // Whoever asks for the image by its recipe is not to build it again.
-        for entry in fs::read_dir(from.with_file_name("by-recipe"))? {
-            let entry = entry?;
-            if fs::read_link(entry.path())? == Path::new(&target) {
-                symlink(&target, images.join("by-recipe").join(entry.file_name()))?;
-            }
-        }
-        Ok(())
+        let cache = test_images()?;
+        let forkd = || Run::new(&self.forkd, self.deadline()).env("FORKD_HOME", &cache);
+        let build = forkd().args(["image", "build", "--tag", tag, "--debian", "bookworm"]);
+        build.args(packages.iter().flat_map(|name| ["--package", name])).ok()?;
+        let image = tagged(forkd(), tag)?.context("the image was built and is not there")?;
+        link(&image, tag, &self.home())
     }
 
     /// The image that `make image` built, or one in a cache of the tests' own.
     fn python_image(&self) -> Result<ImageRow> {
-        let find = |run: Run| -> Result<Option<ImageRow>> {
-            let rows: Vec<ImageRow> = run.args(["image", "ls", "--json"]).ok()?.json()?;
-            Ok(rows.into_iter().find(|row| row.tags.iter().any(|tag| tag == "python")))
-        };
         let forkd = || Run::new(&self.forkd, self.deadline());
-        if let Some(image) = find(forkd().without_env("FORKD_HOME"))? {
+        if let Some(image) = tagged(forkd().without_env("FORKD_HOME"), "python")? {
             return Ok(image);
         }
-        let home = std::env::var_os("HOME").context("HOME is not set")?;
-        let cache = Path::new(&home).join(".cache/forkd/test-images");
-        if find(forkd().env("FORKD_HOME", &cache))?.is_none() {
-            forkd().env("FORKD_HOME", &cache).args(["image", "build"]).ok()?;
+        let cache = test_images()?;
+        let forkd = || forkd().env("FORKD_HOME", &cache);
+        if tagged(forkd(), "python")?.is_none() {
+            forkd().args(["image", "build"]).ok()?;
         }
-        find(forkd().env("FORKD_HOME", &cache))?.context("the image was built and is not there")
+        tagged(forkd(), "python")?.context("the image was built and is not there")
     }
 
     /// Directory of the guest's programs, compiled: `guest`, `probes`, `init_exits`, `init_silent`.
@@ -250,11 +243,24 @@ impl Suite {
         self.create_with(tag, vcpus, MEM_MIB, code)
     }
 
-    /// Makes a snapshot. The guest's test program comes with the warm-up code, so that no test has to send it.
+    /// Makes a snapshot of the Python image.
     pub fn create_with(&self, tag: &str, vcpus: u32, mem_mib: u64, code: &str) -> Result<Value> {
+        self.link_image(&self.home())?;
+        self.create_of("python", tag, vcpus, [mem_mib, DISK_MIB], code)
+    }
+
+    /// Makes a snapshot of an image, with RAM and a disk of so many MiB. The guest's test program comes with the warm-up
+    /// code, so that no test has to send it.
+    pub fn create_of(
+        &self,
+        image: &str,
+        tag: &str,
+        vcpus: u32,
+        [mem_mib, disk_mib]: [u64; 2],
+        code: &str,
+    ) -> Result<Value> {
         let limit = self.deadline();
         self.set_deadline(SETUP);
-        self.link_image(&self.home())?;
         let guest = fs::read(self.programs()?.join("guest"))?;
         let code = format!(
             "{code}\nimport base64, os\nwith open('/tmp/guest', 'wb') as f: f.write(base64.b64decode('{}'))\n\
@@ -262,10 +268,10 @@ impl Suite {
             base64(&guest)
         );
         let begun = Instant::now();
-        let (vcpus, mem, disk) = (vcpus.to_string(), mem_mib.to_string(), DISK_MIB.to_string());
+        let (vcpus, mem, disk) = (vcpus.to_string(), mem_mib.to_string(), disk_mib.to_string());
         let output = self
             .forkd(["snapshot", "create", tag, "--json", "--warm", "-", "--boot-timeout", "300"])
-            .args(["--vcpus", &vcpus, "--mem", &mem, "--disk", &disk])
+            .args(["--image", image, "--vcpus", &vcpus, "--mem", &mem, "--disk", &disk])
             .stdin(code)
             .ok();
         // What the test had left when this began is left to it still.
@@ -348,6 +354,38 @@ impl Suite {
         }
         text
     }
+}
+
+/// Home of the images that tests build.
+fn test_images() -> Result<PathBuf> {
+    let home = std::env::var_os("HOME").context("HOME is not set")?;
+    Ok(Path::new(&home).join(".cache/forkd/test-images"))
+}
+
+/// The image that has a tag in the home of this forkd.
+fn tagged(forkd: Run, tag: &str) -> Result<Option<ImageRow>> {
+    let rows: Vec<ImageRow> = forkd.args(["image", "ls", "--json"]).ok()?.json()?;
+    Ok(rows.into_iter().find(|row| row.tags.iter().any(|has| has == tag)))
+}
+
+/// Gives a home an image of another one.
+fn link(image: &ImageRow, tag: &str, home: &Path) -> Result<()> {
+    let images = home.join("images");
+    let from = image.path.parent().context("an image has a directory")?;
+    for dir in ["by-tag", "by-recipe"] {
+        fs::create_dir_all(images.join(dir))?;
+    }
+    symlink(from, images.join(&image.digest))?;
+    let target = format!("../{}", image.digest);
+    symlink(&target, images.join("by-tag").join(tag))?;
+    // Whoever asks for the image by its recipe is not to build it again.
+    for entry in fs::read_dir(from.with_file_name("by-recipe"))? {
+        let entry = entry?;
+        if fs::read_link(entry.path())? == Path::new(&target) {
+            symlink(&target, images.join("by-recipe").join(entry.file_name()))?;
+        }
+    }
+    Ok(())
 }
 
 /// Names in a directory, sorted; none if there is no such directory.

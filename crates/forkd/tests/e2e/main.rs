@@ -44,6 +44,7 @@ mod runner;
 mod simd;
 mod smp;
 mod snapshots;
+mod soak;
 mod strace;
 mod vm;
 mod writing;
@@ -81,6 +82,7 @@ fn tests() -> Vec<runner::Test> {
         guest_kernel::TESTS,
         emulated::TESTS,
         matrix::TESTS,
+        soak::TESTS,
         bench::TESTS,
         bad_boots::TESTS,
     ]

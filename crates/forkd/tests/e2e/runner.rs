@@ -168,7 +168,7 @@ fn report(suite: &Suite, test: &Test, begun: Instant, outcome: Result<()>) -> bo
     suite.set_cleanup_deadline();
     let took = begun.elapsed().as_secs_f64();
     // Not for tests without a guest: their home has no run directory yet.
-    let swept = if suite.has_snapshots() { suite.kill_all() } else { Ok(()) };
+    let swept = if suite.has_run() { suite.kill_all() } else { Ok(()) };
     match outcome.and(swept) {
         Ok(()) => {
             println!("test {} ... ok ({took:.2} s)", test.name);

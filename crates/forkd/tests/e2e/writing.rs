@@ -65,6 +65,19 @@ fn is_writing(suite: &Suite, tag: &str) -> Result<bool> {
     Ok(matches!(status(suite, tag)?, Some(Status::Writing { .. })))
 }
 
+/// Whether a process that has been told to stop has, and not in the moment in which it holds the store's lock: who asks the store
+/// would wait for it then.
+fn stands_aside(suite: &Suite, pid: u32) -> Result<bool> {
+    let state = || -> Option<char> {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        stat.rsplit_once(") ")?.1.chars().next()
+    };
+    let settled = || Ok(!matches!(state(), Some('R' | 'S' | 'D')));
+    eventually(Instant::now() + SOON, "it stops, or has ended", settled)?;
+    let lock = crate::live::store(suite).join(".lock");
+    Ok(state() == Some('T') && !forkd_sys::lock::is_held(&lock)?)
+}
+
 impl<'s> Stopped<'s> {
     fn new(suite: &'s Suite, mode: &str) -> Result<Self> {
         let vm = source(suite, mode)?;
@@ -84,12 +97,12 @@ impl<'s> Stopped<'s> {
                 "fork" => children(read_record(&suite.snapshots_dir().join(&tag))?.pid)?,
                 _ => children(vm.pid)?,
             };
-            if let [writer] = writers[..]
-                && let Ok(writer) = PidFd::open(writer)
+            if let [pid] = writers[..]
+                && let Ok(writer) = PidFd::open(pid)
             {
                 // One that is gone by now was too quick.
                 let stopped = writer.send_signal(Signal::STOP).is_ok();
-                if stopped && is_writing(suite, &tag)? {
+                if stopped && stands_aside(suite, pid)? && is_writing(suite, &tag)? {
                     return Ok(Self { suite, vm, tag, writer, command });
                 }
                 let _gone_by_now = writer.send_signal(Signal::CONT);

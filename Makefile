@@ -94,6 +94,13 @@ matrix: ## branch in each mode, BRANCHES times (30), on each kind of RAM, up to 
 	@FORKD_MATRIX=$(or $(BRANCHES),30) FORKD_BIN=$(FORKD) cargo test --locked --package forkd --test e2e -- \
 		--test-threads=1 matrix:: leftovers::
 
+.PHONY: native-soak
+native-soak: ## fork a guest under load 200 times, and soak guests for FORKD_SOAK_SECONDS (600) and more (half an hour)
+	@packaging/debian-packages.sh test
+	@$(MAKE) build kernel image
+	@FORKD_FORKS=$(or $(FORKD_FORKS),200) FORKD_SOAK_SECONDS=$(or $(FORKD_SOAK_SECONDS),600) FORKD_BIN=$(FORKD) \
+		cargo test --locked --package forkd --test e2e -- --test-threads=1 guest_kernel:: soak::
+
 .PHONY: lint
 lint: ## check format, lints, scripts, dependencies and docs
 	@.ci/test.sh format clippy scripts dependencies docs

@@ -70,7 +70,7 @@ print(m[::4096].count(b'x'), sum(entry & (1 << 55) - 1 >= 0x100000 for entry in 
 
 fn more_than_3_gib_work_in_all(suite: &Suite) -> Result<()> {
     suite.link_image(&suite.home())?;
-    let args = ["snapshot", "create", BIG, "--mem", BIG_MIB, "--boot-timeout", "300"];
+    let args = ["snapshot", "create", BIG, "--mem", BIG_MIB];
     suite.forkd(args).ok()?;
     suite.forkd(["snapshot", "save", BIG]).ok()?;
     for kind in KINDS {

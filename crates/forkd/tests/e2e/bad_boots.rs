@@ -16,10 +16,13 @@ pub const TESTS: &[Test] = tests!["bad_boots":
 fn an_agent_that_never_answers(suite: &Suite) -> Result<()> {
     let home = suite.scratch("boot-home")?;
     suite.link_image(&home)?;
+    // Longer than the kernel takes to its first process, emulated or not.
+    let flavour = suite.forkd(["doctor", "--kernel-flavour"]).ok()?.text();
+    let patience = if flavour == "pvm" { "5" } else { "30" };
     let said = suite
         .forkd_in(
             &home,
-            ["snapshot", "create", "x", "--json", "--boot-timeout", "30", "--mem", "128"],
+            ["snapshot", "create", "x", "--json", "--boot-timeout", patience, "--mem", "128"],
         )
         .env("FORKD_AGENT", suite.programs()?.join("init_silent"))
         .output()?;

@@ -270,7 +270,7 @@ impl Suite {
         let begun = Instant::now();
         let (vcpus, mem, disk) = (vcpus.to_string(), mem_mib.to_string(), disk_mib.to_string());
         let output = self
-            .forkd(["snapshot", "create", tag, "--json", "--warm", "-", "--boot-timeout", "300"])
+            .forkd(["snapshot", "create", tag, "--json", "--warm", "-"])
             .args(["--image", image, "--vcpus", &vcpus, "--mem", &mem, "--disk", &disk])
             .stdin(code)
             .ok();

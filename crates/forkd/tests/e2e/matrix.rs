@@ -5,7 +5,7 @@
 //! 512 MiB; with `FORKD_MATRIX=N` each gets N, at 4 GiB (RAM in two regions) too: `make matrix`.
 
 use anyhow::{Context, Result, ensure};
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use crate::fixture::{SMP, Suite, WARM};
 use crate::runner::{Test, tests};
@@ -141,12 +141,12 @@ fn one_cell(suite: &Suite, vm: &Vm<'_>, mode: &str, branches: usize) -> Result<V
             }
         };
         // It goes on until here; while the branch is looked at it would only take CPU from that.
-        set_running(vm, false)?;
+        vm.set_running(false)?;
         let written: u64 =
             branch.value("verify()").with_context(|| format!("branch {number}"))?.parse()?;
         ensure!(written > before, "branch {number} has {written} records, its source had {before}");
         branch.kill()?;
-        set_running(vm, true)?;
+        vm.set_running(true)?;
         pauses.push(pause);
     }
     let after = head(vm)?;
@@ -159,12 +159,6 @@ fn one_cell(suite: &Suite, vm: &Vm<'_>, mode: &str, branches: usize) -> Result<V
     }
     pauses.sort_unstable();
     Ok(pauses)
-}
-
-fn set_running(vm: &Vm<'_>, running: bool) -> Result<()> {
-    let state = if running { "Resumed" } else { "Paused" };
-    vm.api()?.send_json("PATCH", "/vm", &json!({ "state": state }))?;
-    Ok(())
 }
 
 fn head(vm: &Vm<'_>) -> Result<u64> {

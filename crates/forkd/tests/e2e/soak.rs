@@ -17,7 +17,7 @@ pub const TESTS: &[Test] = tests!["soak":
     postgresql_is_consistent_in_every_branch 600,
     node_computes_what_python_computes 120,
     processes_by_the_hundred 600,
-    debians_own_kernel_gets_as_far_as_its_modules 900,
+    debians_own_kernel_stops_with_a_reason 900,
 ];
 
 /// Tag of the image and of the snapshot.
@@ -153,6 +153,7 @@ fn postgresql_is_consistent_in_every_branch(suite: &Suite) -> Result<()> {
         ensure!(count >= last, "branch {branches} has {count} transactions, there were {last}");
         kernel_is_content(&branch)?;
         branch.kill()?;
+        vm.set_running(true)?;
         branches += 1;
     }
     vm.sh(&format!("kill -INT $({})", processes("pgbench")))?;
@@ -221,9 +222,10 @@ fn processes_by_the_hundred(suite: &Suite) -> Result<()> {
     kernel_is_content(&vm)
 }
 
-/// It has nearly all of virtio, EROFS and vsock as modules, which the initramfs of forkd does not bring along. So the agent
-/// is not reached by the host; but the kernel boots, emulated, to its first process.
-fn debians_own_kernel_gets_as_far_as_its_modules(suite: &Suite) -> Result<()> {
+/// The kernel of Debian 12 (6.1) has virtio, EROFS and vsock as modules, which the initramfs of forkd does not bring along, so
+/// the host cannot reach the agent; before that it uses an instruction that KVM's emulator lacks (docs/limits.md). Whichever
+/// comes first is said, and nothing hangs.
+fn debians_own_kernel_stops_with_a_reason(suite: &Suite) -> Result<()> {
     if seconds()?.is_none() {
         return Ok(());
     }
@@ -242,8 +244,9 @@ fn debians_own_kernel_gets_as_far_as_its_modules(suite: &Suite) -> Result<()> {
         .env("FORKD_PVM", "emulated")
         .output()?;
     let text = said.stderr_text();
-    ensure!(said.took < Duration::from_secs(600), "it hangs: {text}");
-    ensure!(text.contains("/init") || text.contains("init"), "{text}");
-    println!("    {}", text.lines().last().unwrap_or_default());
+    let reason = text.lines().last().unwrap_or_default();
+    ensure!(!said.status.success() && reason.starts_with("forkd: "), "{text}");
+    ensure!(["no remedy", "agent", "panic"].iter().any(|word| reason.contains(word)), "{text}");
+    println!("    {reason}");
     Ok(())
 }

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail, ensure};
 use forkd_api::client::Client;
 use forkd_api::types::{SourcePause, Timing};
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::command::{Output, Run};
 use crate::fixture::Suite;
@@ -192,6 +192,13 @@ impl<'s> Vm<'s> {
     /// Branches it once.
     pub fn branch_one(&self) -> Result<Vm<'s>> {
         self.branch(1)?.children.pop().context("one branch")
+    }
+
+    /// Pauses it, or lets it go on.
+    pub fn set_running(&self, running: bool) -> Result<()> {
+        let state = if running { "Resumed" } else { "Paused" };
+        self.api()?.send_json("PATCH", "/vm", &json!({ "state": state }))?;
+        Ok(())
     }
 
     /// Ends it.

@@ -3,7 +3,8 @@
 /// Words for the guest kernel's command line under PVM, separated by spaces.
 ///
 /// `cpuid` runs natively in a PVM guest, so features cannot be hidden with KVM_SET_CPUID2; Linux 5.17
-/// and later takes feature names in `clearcpuid=`. Unknown names only give a warning.
+/// and later takes feature names in `clearcpuid=`. Unknown names only give a warning. It keeps 127 characters of the list
+/// (`cpu_parse_early_param`, arch/x86/kernel/cpu/common.c), so two of them are numbers: bits of word 4, asm/cpufeatures.h.
 ///
 /// | word | why |
 /// |---|---|
@@ -14,8 +15,8 @@
 /// | pcid, invpcid | shadow paging gains nothing from them, and invpcid has no remedy |
 /// | erms, fsrm | `rep movsb` and `rep stosb` are emulated byte by byte; words are eight times quicker |
 /// | fsgsbase, rdtscp, rdpid | not in the emulator, and on the entry paths |
-/// | aes, pclmulqdq | keeps SIMD crypto of the kernel away: the emulator has none of it |
-/// | monitor | not in the emulator; the idle loop uses `hlt`, which KVM waits in |
+/// | aes, 129 (pclmulqdq) | keeps SIMD crypto of the kernel away: the emulator has none of it |
+/// | 131 (monitor) | not in the emulator; the idle loop uses `hlt`, which KVM waits in |
 /// | pti=off | the guest's kernel is emulated: user mode cannot read it speculatively; page table isolation would only add CR3 loads, and keep the trampoline away |
 /// | mitigations=off | for the same reason; what they guard is the boundary to a kernel that never runs on the CPU. (Guests' processes are not guarded against each other.) |
 /// | ibt=off | CR4.CET cannot be set |
@@ -31,7 +32,7 @@
 #[must_use]
 pub fn cmdline() -> &'static str {
     "clearcpuid=umip,smap,smep,popcnt,cx16,xsaves,xsavec,xsaveopt,rdrand,rdseed,pcid,invpcid,erms,fsrm,\
-     fsgsbase,rdtscp,rdpid,sse4_2,aes,pclmulqdq,monitor pti=off mitigations=off ibt=off nopvspin \
+     fsgsbase,rdtscp,rdpid,sse4_2,aes,129,131 pti=off mitigations=off ibt=off nopvspin \
      lpj=2600000 random.trust_cpu=on percpu_alloc=page \
      tick_stretch=25 sched_base_slice=10000 fair_server=off \
      lean_sysfs=on nf_conntrack.hashsize=1024"
@@ -51,7 +52,9 @@ mod tests {
             .unwrap_or_default();
         // Without it the guest would not switch the AVX state of its processes.
         assert!(!cleared.contains(&"xsave"), "{cleared:?}");
-        for name in ["xsaves", "smap", "pcid", "invpcid", "fsgsbase", "monitor"] {
+        let list = cleared.join(",");
+        assert!(list.len() < 128, "the kernel cuts the list off: {} characters", list.len());
+        for name in ["xsaves", "smap", "pcid", "invpcid", "fsgsbase", "131"] {
             assert!(cleared.contains(&name), "{name}");
         }
         // Without these a boot takes half as long again.

@@ -155,6 +155,7 @@ fn postgresql_is_consistent_in_every_branch(suite: &Suite) -> Result<()> {
         branch.kill()?;
         vm.set_running(true)?;
         branches += 1;
+        println!("    branch {branches}: {count} transactions, after {:.0?}", begun.elapsed());
     }
     vm.sh(&format!("kill -INT $({})", processes("pgbench")))?;
     let said = bench.wait()?.text();

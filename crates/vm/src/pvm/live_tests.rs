@@ -306,17 +306,7 @@ fn enabled() -> u64 {
 fn configure(kvm: &Kvm, fd: &VcpuFd) {
     fd.set_cpuid2(&kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).unwrap()).unwrap();
     let mut sregs = fd.get_sregs().unwrap();
-    let code = kvm_segment {
-        limit: u32::MAX,
-        selector: 0x10,
-        type_: 11,
-        present: 1,
-        s: 1,
-        l: 1,
-        g: 1,
-        ..Default::default()
-    };
-    let data = kvm_segment { selector: 0x18, type_: 3, l: 0, db: 1, ..code };
+    let (code, data) = super::probe::flat_segments(0x10, 0x18);
     sregs.cs = code;
     (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
     let tss = Tables::KERNEL + TSS;

@@ -22,6 +22,21 @@ pub fn active(kvm: &Kvm) -> bool {
     })
 }
 
+/// Flat segments of 64-bit kernel mode, for the guests of probes: code, and data.
+pub(super) fn flat_segments(code: u16, data: u16) -> (kvm_segment, kvm_segment) {
+    let code = kvm_segment {
+        limit: u32::MAX,
+        selector: code,
+        type_: 11,
+        present: 1,
+        s: 1,
+        l: 1,
+        g: 1,
+        ..Default::default()
+    };
+    (code, kvm_segment { selector: data, type_: 3, l: 0, db: 1, ..code })
+}
+
 /// Runs `popcnt eax, eax; hlt` in 64-bit kernel mode. True if KVM failed to emulate it; none if it cannot be
 /// told.
 fn lacks_popcnt(kvm: &Kvm) -> Option<bool> {
@@ -47,17 +62,7 @@ fn lacks_popcnt(kvm: &Kvm) -> Option<bool> {
     unsafe { vm.set_user_memory_region(region) }.ok()?;
     let mut vcpu = vm.create_vcpu(0).ok()?;
     let mut sregs = vcpu.get_sregs().ok()?;
-    let code = kvm_segment {
-        limit: u32::MAX,
-        selector: 0x10,
-        type_: 11,
-        present: 1,
-        s: 1,
-        l: 1,
-        g: 1,
-        ..Default::default()
-    };
-    let data = kvm_segment { selector: 0x18, type_: 3, l: 0, db: 1, ..code };
+    let (code, data) = flat_segments(0x10, 0x18);
     sregs.cs = code;
     (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
     // Paging and protection; PAE; long mode, enabled and active.

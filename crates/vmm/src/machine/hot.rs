@@ -103,7 +103,9 @@ impl Machine {
 
     /// After clients were heard: copies what an evaluation will write, once.
     pub(super) fn copy_for_eval(&self) {
-        if self.hot.evaluated.get() || !self.vsock.has_reached(INTERPRETER_PORT) {
+        // Asked for each event of the sockets: the device is only looked at if there is something to copy.
+        let done = self.hot.evaluated.get() || self.hot.pages.eval.ranges.is_empty();
+        if done || !self.vsock.has_reached(INTERPRETER_PORT) {
             return;
         }
         self.hot.evaluated.set(true);

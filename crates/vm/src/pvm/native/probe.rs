@@ -22,6 +22,7 @@ use super::{FEATURES, IDENTITY, MSR_CONTROL, MSR_FEATURES, MSR_IDENTITY};
 use crate::host::Host;
 use crate::kick::Target;
 use crate::msr::{self, MsrError};
+use crate::pvm::probe::flat_segments;
 
 /// How long the guest may run. It takes less than a millisecond.
 const LIMIT: Duration = Duration::from_millis(500);
@@ -208,17 +209,7 @@ fn set_cpuid(host: &Host, vcpu: &VcpuFd) -> Result<(), No> {
 }
 
 fn special(sregs: &mut kvm_sregs) {
-    let code = kvm_segment {
-        limit: u32::MAX,
-        selector: guest::KERNEL_CS,
-        type_: 11,
-        present: 1,
-        s: 1,
-        l: 1,
-        g: 1,
-        ..Default::default()
-    };
-    let data = kvm_segment { selector: guest::KERNEL_DS, type_: 3, l: 0, db: 1, ..code };
+    let (code, data) = flat_segments(guest::KERNEL_CS, guest::KERNEL_DS);
     sregs.cs = code;
     (sregs.ds, sregs.es, sregs.fs, sregs.ss) = (data, data, data, data);
     sregs.gs = kvm_segment { base: guest::KERNEL_GS, ..data };
